@@ -1,0 +1,58 @@
+"""Progress with an estimate of the time left, on a terminal and in a log alike."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Task:
+    """A running piece of work; `advance` it and, where useful, `note` a figure beside it."""
+
+    def __init__(self, progress: Progress | None, label: str, total: int, done: int) -> None:
+        self._progress, self._label, self._total, self._done = progress, label, total, done
+        self._start_done, self._started = done, time.monotonic()
+        self._printed = self._started
+        self._note = ""
+        self._id = progress.add_task(label, total=total, completed=done, note="") if progress else None
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        self._done += count
+        self._note = note if note is not None else self._note
+        if self._progress is not None and self._id is not None:
+            self._progress.update(self._id, completed=self._done, note=self._note)
+        elif (now := time.monotonic()) - self._printed >= 10:
+            self._printed = now
+            self.print()
+
+    def print(self) -> None:
+        elapsed = time.monotonic() - self._started
+        worked = self._done - self._start_done
+        left = f"{elapsed / worked * (self._total - self._done):.0f} s left" if worked else "starting"
+        print(f"{self._label}: {self._done}/{self._total}, {elapsed:.0f} s, {left} {self._note}".rstrip(), flush=True)
+
+
+@contextmanager
+def progress(label: str, total: int, done: int = 0) -> Iterator[Task]:
+    """Show a bar with elapsed time and ETA on a terminal, or a line every ten seconds elsewhere."""
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            yield Task(bar, label, total, done)
+    else:
+        task = Task(None, label, total, done)
+        yield task
+        task.print()
