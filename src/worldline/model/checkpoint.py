@@ -1,0 +1,183 @@
+"""Worlds as files: a directory with `model.safetensors` and `world.json`, the card that says what it is.
+
+A run directory holds checkpoints under `best` and `last`; worlds that come with the package lie in `worldline/shipped`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from worldline.core.errors import WorldlineError
+from worldline.core.files import fsync_directory, read_json, sha256_file, write_json
+from worldline.core.types import WorldSpec
+from worldline.model.world import World, WorldConfig
+
+FORMAT = "worldline-world"
+VERSION = 1
+CARD, WEIGHTS = "world.json", "model.safetensors"
+SHIPPED = Path(__file__).resolve().parents[1] / "shipped"
+
+
+def save_world(
+    path: str | Path,
+    world: World,
+    *,
+    training: dict[str, Any],
+    result: dict[str, Any] | None = None,
+    half: bool = False,
+) -> Path:
+    """Write a world as a new directory, whole or not at all.
+
+    `training` says where it comes from (command, seed, data fingerprint), `result` what it reaches. `half` stores
+    float16, for worlds that are shipped; they are computed in float32 all the same.
+
+    Raises:
+        WorldlineError: `path` exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise WorldlineError(f"{path} exists already; choose another place, or remove it first")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write_world(temporary, world, training=training, result=result, half=half)
+        os.rename(temporary, path)
+        fsync_directory(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def write_world(
+    directory: Path, world: World, *, training: dict[str, Any], result: dict[str, Any] | None = None, half: bool = False
+) -> None:
+    """Write a world's two files into `directory`, which nobody reads yet; `save_world` is the atomic form."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in world.state_dict().items()}
+    if half:
+        tensors = {n: t.half() if t.dtype == torch.float32 and not _exact(n) else t for n, t in tensors.items()}
+    weights = directory / WEIGHTS
+    save_file(tensors, weights)
+    with open(weights, "rb") as file:
+        os.fsync(file.fileno())
+    card = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": world.config.to_json(),
+        "spec": world.spec.to_json(),
+        "weights": {
+            "sha256": sha256_file(weights),
+            "bytes": weights.stat().st_size,
+            "storage": "float16" if half else "float32",
+            "parameters": sum(p.numel() for p in world.parameters()),
+        },
+        "training": training,
+        "result": result or {},
+    }
+    write_json(directory / CARD, card)
+
+
+def load_world(path_or_name: str | Path) -> World:
+    """Load a world from a checkpoint, a run directory (its best checkpoint, else its last), or a shipped name.
+
+    It comes ready for inference: evaluation mode, no gradients, on the CPU, float32.
+
+    Raises:
+        WorldlineError: there is no such world, or its files are foreign, damaged or do not fit each other.
+    """
+    directory = find_world(path_or_name)
+    card = read_card(directory)
+    weights = directory / WEIGHTS
+    if not weights.exists():
+        raise WorldlineError(f"{weights} is missing beside {CARD}; copy the checkpoint again")
+    if (found := sha256_file(weights)) != card["weights"]["sha256"]:
+        raise WorldlineError(
+            f"{weights} is not the file its card describes: expected SHA-256 {card['weights']['sha256'][:12]}... and "
+            f"{card['weights']['bytes']} bytes, got {found[:12]}... and {weights.stat().st_size}; copy it again"
+        )
+    try:
+        config = WorldConfig(**card["config"])
+        spec = WorldSpec.from_json(card["spec"])
+        tensors = load_file(weights)
+    except (SafetensorError, TypeError, KeyError, AttributeError) as error:
+        raise WorldlineError(f"{directory}: not a world that this version can read ({error})") from None
+    world = World(config, spec)
+    _fill(world, tensors, weights)
+    return world.eval().requires_grad_(False)
+
+
+def read_card(path_or_name: str | Path) -> dict[str, Any]:
+    """Return a world's card: config, spec, weights (hash, bytes), training (where it comes from) and result.
+
+    Raises:
+        WorldlineError: there is no such world, or its card is foreign or of a newer version.
+    """
+    path = find_world(path_or_name) / CARD
+    card = read_json(path)
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise WorldlineError(f"{path}: expected a card of format {FORMAT!r}; this file is something else")
+    if card.get("version") != VERSION:
+        raise WorldlineError(
+            f"{path}: card version {card.get('version')}, this worldline reads {VERSION}; upgrade worldline"
+        )
+    if missing := {"config", "spec", "weights", "training", "result"} - card.keys():
+        raise WorldlineError(f"{path}: the card lacks {', '.join(sorted(missing))}; copy the checkpoint again")
+    return card
+
+
+def find_world(path_or_name: str | Path) -> Path:
+    """Return the checkpoint directory that a path or a shipped name means.
+
+    Raises:
+        WorldlineError: nothing is there.
+    """
+    path = Path(path_or_name)
+    for candidate in (path, path / "best", path / "last"):
+        if (candidate / CARD).exists():
+            return candidate
+    if len(path.parts) == 1 and (SHIPPED / path / CARD).exists():
+        return SHIPPED / path
+    names = shipped_worlds()
+    known = f"the shipped worlds are {', '.join(names)}" if names else "no worlds are shipped with this version"
+    reason = "holds no checkpoint" if path.exists() else "no such world"
+    raise WorldlineError(f"{path_or_name}: {reason}; expected a checkpoint, a run with one, or a name ({known})")
+
+
+def shipped_worlds() -> list[str]:
+    """Return the names of the worlds that come with the package."""
+    return sorted(card.parent.name for card in SHIPPED.glob(f"*/{CARD}"))
+
+
+def weights_sha256(world: World) -> str:
+    """Return a hash over every tensor of a world as it is in memory: names, shapes, bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(world.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _exact(name: str) -> bool:
+    """Name the small tensors whose range or precision float16 lacks: statistics, not weights."""
+    return name.startswith("action_") or "running_" in name or (name.startswith("gauge.") and "whitening" not in name)
+
+
+def _fill(world: World, tensors: dict[str, Tensor], source: Path) -> None:
+    expected = world.state_dict()
+    if difference := expected.keys() ^ tensors.keys():
+        raise WorldlineError(f"{source}: its tensors are not those of its config (differs in {sorted(difference)[:3]})")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise WorldlineError(
+                f"{source}: {name} should have shape {tuple(expected[name].shape)}, got {tuple(tensor.shape)}"
+            )
+    world.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()})

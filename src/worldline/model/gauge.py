@@ -1,0 +1,84 @@
+"""How far to trust a latent when nobody knows the truth.
+
+Shape legend: n fitted latents, d latent.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from worldline.core.errors import WorldlineError
+
+if TYPE_CHECKING:
+    from worldline.model.world import World
+
+_QUANTILE = 0.99
+_FLOOR = 1e-4  # of the largest variance: directions that real latents do not use must not blow the radius up
+
+
+class Gauge(nn.Module):
+    """The region of real latents, kept as buffers, so that it travels with the weights.
+
+    Both readings are relative: 1.0 is the 99% quantile over real frames, and beyond it a latent is out of the ordinary.
+    """
+
+    mean: Tensor
+    whitening: Tensor
+    radius99: Tensor
+    cycle99: Tensor
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(latent_dim))
+        self.register_buffer("whitening", torch.eye(latent_dim))
+        self.register_buffer("radius99", torch.tensor(0.0))
+        self.register_buffer("cycle99", torch.tensor(0.0))
+
+    @property
+    def fitted(self) -> bool:
+        return bool(self.radius99 > 0)
+
+    @torch.no_grad()
+    def fit(self, world: World, z: Float[Tensor, "n d"]) -> None:
+        """Fit to encoded real frames: mean, whitening, and the 99% quantiles of radius and cycle distance.
+
+        Raises:
+            WorldlineError: too few latents, or some are not finite.
+        """
+        if len(z) < 100 or not torch.isfinite(z).all():
+            raise WorldlineError(f"the drift gauge wants at least 100 finite latents, got {len(z)}")
+        self.mean.copy_(z.mean(dim=0))
+        values, vectors = torch.linalg.eigh(torch.cov(z.T.double()))
+        values = values.clamp(min=_FLOOR * float(values.max()) + 1e-12)
+        self.whitening.copy_(vectors * values.rsqrt())
+        self.radius99.copy_(_quantile(self.radius(z)))
+        self.cycle99.copy_(_quantile(torch.cat([self.cycle_distance(world, part) for part in z[:2000].split(250)])))
+
+    def radius(self, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
+        """Return the Mahalanobis distance from the mean of real latents."""
+        return ((z - self.mean) @ self.whitening).norm(dim=-1)
+
+    def region(self, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
+        """Return the radius over the real 99% radius: at most 1 is inside."""
+        return self.radius(z) / self._checked(self.radius99)
+
+    def cycle_distance(self, world: World, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
+        """Return |E(D(z)) - z| in whitened units: what is lost by drawing a latent and looking at it again."""
+        return ((world.encode(world.decode(z)) - z) @ self.whitening).norm(dim=-1)
+
+    def cycle(self, world: World, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
+        """Return the cycle distance over its 99% quantile on real frames."""
+        return self.cycle_distance(world, z) / self._checked(self.cycle99)
+
+    def _checked(self, scale: Tensor) -> Tensor:
+        if scale <= 0:
+            raise WorldlineError("this world's drift gauge has not been fitted; finish its training, or call gauge.fit")
+        return scale
+
+
+def _quantile(values: Float[Tensor, " n"]) -> Tensor:
+    return torch.quantile(values.float(), _QUANTILE).clamp(min=1e-6)

@@ -1,0 +1,206 @@
+"""The world model: encode what is seen, imagine what comes, decode it again.
+
+Shape legend: b batch, t steps, c context, d latent, a action, h = w = image size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from worldline.core.errors import WorldlineError
+from worldline.core.types import WorldSpec
+from worldline.model.conv import ConvEncoder
+from worldline.model.decoder import ConvDecoder
+from worldline.model.gauge import Gauge
+from worldline.model.predictor import GRUPredictor, Predictor, TransformerPredictor
+from worldline.model.vit import ViTEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+    """The sizes of a world. The defaults are the `tiny` world."""
+
+    image_size: int = 64
+    latent_dim: int = 128
+    context: int = 4
+    """Real frames that `World.begin` wants."""
+    latent_norm: bool = True
+    """Standardise latents by a batch norm without scale and shift (foldable into the linear map before it)."""
+
+    encoder: Literal["conv", "vit"] = "conv"
+    conv_width: int = 16
+    """Channels of the stem; the blocks have 2 and 4 times as many."""
+    conv_head: int = 8
+    """Channels of the grid that is flattened into the latent."""
+    vit_patch: int = 8
+    vit_width: int = 192
+    vit_depth: int = 4
+    vit_heads: int = 3
+
+    predictor: Literal["gru", "transformer"] = "gru"
+    hidden: int = 384
+    """Width of the GRU and of the maps around it."""
+    window: int = 8
+    """Latents that the transformer sees."""
+    transformer_width: int = 192
+    transformer_depth: int = 4
+    transformer_heads: int = 3
+
+    decoder_width: int = 16
+    """Channels at half resolution; the smaller grids have 2, 3 and 4 times as many."""
+
+    def __post_init__(self) -> None:
+        if self.image_size % 16 or self.image_size <= 0:
+            raise WorldlineError(f"image_size must be a positive multiple of 16, got {self.image_size}")
+        if self.encoder not in ("conv", "vit") or self.predictor not in ("gru", "transformer"):
+            raise WorldlineError(
+                f"encoder must be conv or vit, predictor gru or transformer, got {self.encoder!r}, {self.predictor!r}"
+            )
+        if self.context < 1 or self.window < 2:
+            raise WorldlineError(f"context must be at least 1 and window 2, got {self.context}, {self.window}")
+        if self.encoder == "vit" and self.image_size % self.vit_patch:
+            raise WorldlineError(f"vit_patch must divide image_size {self.image_size}, got {self.vit_patch}")
+        for width, heads in (
+            (self.vit_width, self.vit_heads),
+            (self.transformer_width, self.transformer_heads),
+        ):
+            if width % (2 * heads):
+                raise WorldlineError(f"a transformer's width must be a multiple of 2 x heads, got {width} and {heads}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class State(NamedTuple):
+    """Everything that the next step depends on."""
+
+    z: Float[Tensor, "b d"]
+    """The current latent, predicted or observed."""
+    memory: tuple[Tensor, ...]
+    """What the predictor carries, batch first, fixed shapes."""
+
+
+class World(nn.Module):
+    """A latent world model. Actions are in the spec's native units everywhere; pictures are uint8, height first."""
+
+    action_mean: Tensor
+    action_std: Tensor
+
+    def __init__(self, config: WorldConfig, spec: WorldSpec) -> None:
+        super().__init__()
+        self.config, self.spec = config, spec
+        self.encoder = _make_encoder(config)
+        self.latent_norm = nn.BatchNorm1d(config.latent_dim, affine=False) if config.latent_norm else nn.Identity()
+        self.predictor: Predictor = _make_predictor(config, spec.action_dim)
+        self.decoder = ConvDecoder(
+            image_size=config.image_size, latent_dim=config.latent_dim, width=config.decoder_width
+        )
+        self.gauge = Gauge(config.latent_dim)
+        low, high = torch.tensor(spec.action_low), torch.tensor(spec.action_high)
+        bounded = torch.isfinite(low) & torch.isfinite(high) & (high > low)
+        self.register_buffer("action_mean", torch.where(bounded, (low + high) / 2, 0.0).float())
+        self.register_buffer("action_std", torch.where(bounded, (high - low) / math.sqrt(12), 1.0).float())
+        self.to(memory_format=torch.channels_last)
+
+    def encode(self, frames: UInt8[Tensor, "*b h w 3"]) -> Float[Tensor, "*b d"]:
+        """Encode pictures of `config.image_size`.
+
+        Raises:
+            WorldlineError: the pictures have another size or type.
+        """
+        size = self.config.image_size
+        if frames.shape[-3:] != (size, size, 3) or frames.dtype != torch.uint8:
+            raise WorldlineError(
+                f"this world sees uint8 pictures of shape (..., {size}, {size}, 3), "
+                f"got {str(frames.dtype).removeprefix('torch.')} {tuple(frames.shape)}; resize them first"
+            )
+        x = frames.reshape(-1, size, size, 3).permute(
+            0, 3, 1, 2
+        )  # channels last in memory, as the convolutions like it
+        z = self.latent_norm(self.encoder(x.float() / 127.5 - 1.0))
+        return z.reshape(*frames.shape[:-3], -1)
+
+    def begin(self, z: Float[Tensor, "b c d"], actions: Float[Tensor, "b cm1 a"]) -> State:
+        """Return the state after `c` real latents and the c - 1 actions between them; any c from 1 works."""
+        if z.shape[1] != actions.shape[1] + 1:
+            raise WorldlineError(
+                f"begin wants one action fewer than latents, got {actions.shape[1]} actions and {z.shape[1]} latents"
+            )
+        state = State(z[:, 0], self.predictor.initial(len(z)))
+        for i in range(actions.shape[1]):
+            state = self.observe(self.step(state, actions[:, i]), z[:, i + 1])
+        return state
+
+    def step(self, state: State, action: Float[Tensor, "b a"]) -> State:
+        """Imagine one step: the new state's `z` is the predicted latent."""
+        return State(*self.predictor.advance(state.z, self._normalise(action), state.memory))
+
+    def observe(self, state: State, z: Float[Tensor, "b d"]) -> State:
+        """Put a real latent in the place of the predicted one; the memory of the past stays."""
+        return State(z, state.memory)
+
+    def rollout(self, state: State, actions: Float[Tensor, "b t a"]) -> Float[Tensor, "b t d"]:
+        """Imagine `t` steps open loop: row i is the latent after actions[:, : i + 1]."""
+        predictions = []
+        for action in actions.unbind(1):
+            state = self.step(state, action)
+            predictions.append(state.z)
+        return torch.stack(predictions, dim=1)
+
+    def teacher_forced(self, z: Float[Tensor, "b t d"], actions: Float[Tensor, "b t a"]) -> Float[Tensor, "b t d"]:
+        """Predict each latent's successor from the true latents so far: row i predicts z[:, i + 1]."""
+        return self.predictor.teacher_forced(z, self._normalise(actions))
+
+    def decode(self, z: Float[Tensor, "*b d"]) -> UInt8[Tensor, "*b h w 3"]:
+        """Draw latents as pictures."""
+        return self.decode_float(z).mul(255.0).round_().to(torch.uint8)
+
+    def decode_float(self, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h w 3"]:
+        """Draw latents as pictures in [0, 1], differentiably."""
+        pictures = self.decoder(z.reshape(-1, z.shape[-1])).permute(0, 2, 3, 1)
+        return pictures.reshape(*z.shape[:-1], *pictures.shape[1:])
+
+    def set_action_statistics(self, mean: Float[Tensor, " a"], std: Float[Tensor, " a"]) -> None:
+        """Set how actions are normalised; an action that never varies is only centred."""
+        self.action_mean.copy_(mean)
+        self.action_std.copy_(torch.where(std > 1e-6, std, 1.0))
+
+    def _normalise(self, actions: Float[Tensor, "*b a"]) -> Float[Tensor, "*b a"]:
+        return (actions - self.action_mean) / self.action_std
+
+
+def _make_encoder(config: WorldConfig) -> nn.Module:
+    if config.encoder == "conv":
+        return ConvEncoder(
+            image_size=config.image_size,
+            latent_dim=config.latent_dim,
+            width=config.conv_width,
+            head_channels=config.conv_head,
+        )
+    return ViTEncoder(
+        image_size=config.image_size,
+        latent_dim=config.latent_dim,
+        patch=config.vit_patch,
+        width=config.vit_width,
+        depth=config.vit_depth,
+        heads=config.vit_heads,
+    )
+
+
+def _make_predictor(config: WorldConfig, action_dim: int) -> GRUPredictor | TransformerPredictor:
+    if config.predictor == "gru":
+        return GRUPredictor(latent_dim=config.latent_dim, action_dim=action_dim, hidden=config.hidden)
+    return TransformerPredictor(
+        latent_dim=config.latent_dim,
+        action_dim=action_dim,
+        width=config.transformer_width,
+        depth=config.transformer_depth,
+        heads=config.transformer_heads,
+        window=config.window,
+    )
