@@ -1,0 +1,66 @@
+# make demo    set-up with what running needs, then the shipped world; the address is printed
+# make setup   .venv with everything, development tools too
+# make test    set-up, linter, types, every test
+# make bench   the timings, written to reports/
+#
+# PYTHON=python3.12 picks an interpreter (3.10 to 3.12). TORCH_INDEX= (empty) takes PyPI's torch, which on Linux carries CUDA.
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+ifeq ($(shell uname -s),Linux)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+endif
+PORT ?= 8470
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RUN_STAMP := $(VENV)/.worldline-run
+DEV_STAMP := $(VENV)/.worldline-dev
+
+.PHONY: demo setup test bench debian clean
+
+demo: $(RUN_STAMP)
+	$(BIN)/worldline play port=$(PORT)
+
+setup: $(DEV_STAMP)
+
+# Warnings are errors in pytest; ruff and mypy come first because they answer in seconds.
+test: $(DEV_STAMP) debian
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2
+
+bench: $(DEV_STAMP)
+	$(BIN)/worldline bench
+
+# Chromium is for the browser test only; without it (and without root to install it) that test skips and says so.
+debian:
+	@if command -v chromium >/dev/null || [ "$$(uname -s)" != Linux ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing chromium for the browser test"; \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+			|| echo "chromium could not be installed: the browser test will be skipped"; \
+	else echo "no chromium, and not root: the browser test will be skipped (sudo apt-get install chromium)"; fi
+
+# The CPU build of torch has a higher local version (2.13.0+cpu), so pip takes it from the extra index or from a
+# local wheel folder where there is one, and PyPI's build elsewhere.
+$(VENV)/.torch: constraints.txt
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.10 to 3.12 is needed and was not found: apt-get install python3 python3-venv" >&2; exit 2; }
+	@echo "setting up $(VENV) with $(PYTHON) (once, 1 to 4 minutes)"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { \
+		echo "$(PYTHON) -m venv failed; on Debian: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 2; }
+	$(PIP) --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(RUN_STAMP): $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[envs]'
+	@touch $@
+
+$(DEV_STAMP): $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[envs,dev]'
+	@touch $@ $(RUN_STAMP)
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
