@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class ConvEncoder(nn.Module):
-    """Map pictures in [-1, 1] to latents: stem at stride 2, separable blocks to a grid of image size / 8, linear head."""
+    """Map pictures in [-1, 1] to latents: stem, separable blocks to a grid of image size / 8, linear head."""
 
     def __init__(self, *, image_size: int, latent_dim: int, width: int, head_channels: int) -> None:
         super().__init__()

@@ -106,7 +106,6 @@ class World(nn.Module):
         bounded = torch.isfinite(low) & torch.isfinite(high) & (high > low)
         self.register_buffer("action_mean", torch.where(bounded, (low + high) / 2, 0.0).float())
         self.register_buffer("action_std", torch.where(bounded, (high - low) / math.sqrt(12), 1.0).float())
-        self.to(memory_format=torch.channels_last)
 
     def encode(self, frames: UInt8[Tensor, "*b h w 3"]) -> Float[Tensor, "*b d"]:
         """Encode pictures of `config.image_size`.
