@@ -1,0 +1,324 @@
+"""The `worldline` command: the only place that knows Hydra.
+
+`worldline COMMAND [PATH] [option=value ...]`. Options are Hydra overrides of `conf/COMMAND.yaml`, on top of the defaults
+of the command's config dataclass; what comes out is that dataclass, checked. Nothing heavy is imported before a command
+needs it, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from worldline import __version__
+from worldline.core.errors import WorldlineError
+
+CONF = Path(__file__).parent / "conf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command: what its help teaches and what runs."""
+
+    name: str
+    summary: str
+    about: str
+    examples: tuple[tuple[str, str], ...]
+    """Command lines, each with what it does."""
+    run: Callable[[Any, set[str]], int]
+    """Takes the config (or the PATH, for a command without options) and the flags; returns the exit status."""
+    config: str = ""
+    """The dataclass of its options, as "module:Class"; empty for a command without options."""
+    path: str = ""
+    """The option that PATH sets, or the word for PATH in a command without options."""
+    path_required: bool = False
+    flags: dict[str, str] = field(default_factory=dict)
+    kept: str = ""
+    """What an interrupted run leaves behind, with the config's fields in braces."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line and return its exit status: 0 done, 1 differs, 2 a mistake in the request, 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(arguments)
+    except WorldlineError as error:
+        print(f"worldline: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has closed it: flush into nothing
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(_overview() if len(arguments) < 2 else _help(_command(arguments[1])))
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        print(f"worldline {__version__}")
+        return 0
+    command = _command(arguments[0])
+    words = arguments[1:]
+    if "--help" in words or "-h" in words:
+        print(_help(command))
+        return 0
+    flags = {word for word in words if word.startswith("-")}
+    overrides = [word for word in words if not word.startswith("-") and _is_override(word)]
+    paths = [word for word in words if not word.startswith("-") and not _is_override(word)]
+    _check_words(command, flags, overrides, paths)
+    config: Any = paths[0] if paths else ""
+    if command.config:
+        config = _configure(command, paths, overrides)
+    try:
+        return command.run(config, flags)
+    except KeyboardInterrupt:
+        kept = command.kept.format(**vars(config)) if command.kept else ""
+        print(f"\nworldline: stopped. {kept}".rstrip(), file=sys.stderr)
+        return 130
+
+
+def _command(name: str) -> Command:
+    from worldline.config import did_you_mean
+
+    if name not in COMMANDS:
+        raise WorldlineError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)} (see worldline --help)")
+    return COMMANDS[name]
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word and not Path(word).exists()
+
+
+def _check_words(command: Command, flags: set[str], overrides: list[str], paths: list[str]) -> None:
+    from worldline.config import did_you_mean
+
+    for flag in sorted(flags - set(command.flags)):
+        known = [*command.flags, "--help"]
+        raise WorldlineError(f"{command.name} has no flag {flag!r}{did_you_mean(flag, known)}")
+    if overrides and not command.config:
+        raise WorldlineError(f"{command.name} takes no options, got {overrides[0]!r} (see worldline {command.name} --help)")
+    if len(paths) > bool(command.path):
+        extra = paths[bool(command.path)]
+        wanted = f"one {command.path.upper()}" if command.path else "no path"
+        raise WorldlineError(f"{command.name} takes {wanted} and option=value pairs, got {extra!r}")
+    if command.path_required and not paths and not any(word.startswith(f"{command.path}=") for word in overrides):
+        raise WorldlineError(f"{command.name} needs a {command.path.upper()}, as in: {command.examples[0][0]}")
+
+
+# Configuration
+
+
+def _load(reference: str) -> Any:
+    module, name = reference.split(":")
+    return getattr(import_module(module), name)
+
+
+def _configure(command: Command, paths: list[str], overrides: list[str]) -> Any:
+    """Return the command's config dataclass from its defaults, its YAML and the command line."""
+    from worldline.config import build, did_you_mean, flatten
+
+    known = flatten(_compose(command, []))
+    groups = _groups(command)
+    hydra_overrides, fixed = [], {}
+    for word in overrides:
+        key, value = word.split("=", 1)
+        key = key.removeprefix(f"{command.name}.")  # `worldline train train.steps=5` is `worldline train steps=5`
+        if key in groups and value not in groups[key]:
+            if key != "data" or not ("/" in value or Path(value).exists()):
+                or_path = ", nor a path" if key == "data" else ""
+                raise WorldlineError(f"{key}={value}: not one of its presets{or_path}{did_you_mean(value, groups[key])}")
+            fixed[key] = value
+        elif key in groups or key in known or any(name.startswith(f"{key}.") for name in known):
+            hydra_overrides.append(f"{key}={value}")
+        else:
+            near = did_you_mean(key, [*groups, *known])
+            raise WorldlineError(f"{command.name}: unknown option {key!r}{near} (see worldline {command.name} --help)")
+    if paths:
+        fixed[command.path] = paths[0]
+    return build(_load(command.config), _compose(command, hydra_overrides) | fixed)
+
+
+def _compose(command: Command, overrides: list[str]) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from worldline.config import defaults
+
+    GlobalHydra.instance().clear()
+    ConfigStore.instance().store(name=f"{command.name}_defaults", node=defaults(_load(command.config)))
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose(command.name, overrides)
+        values = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise WorldlineError(f"{command.name}: cannot read {' '.join(overrides)!r}: {reason}") from None
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _groups(command: Command) -> dict[str, list[str]]:
+    """Return the presets that can be chosen: name of the group -> names of its files."""
+    from omegaconf import OmegaConf
+
+    listed = OmegaConf.to_container(OmegaConf.load(CONF / f"{command.name}.yaml"))
+    assert isinstance(listed, dict)
+    names = [next(iter(entry)) for entry in listed["defaults"] if isinstance(entry, dict)]
+    return {name: sorted(file.stem for file in (CONF / name).glob("*.yaml")) for name in names}
+
+
+# Help
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [
+        "worldline: train latent world models, measure how far each can be trusted, play them, replay them to the bit.",
+        "",
+        "usage: worldline COMMAND [PATH] [option=value ...] [--flags]",
+        "",
+        *(f"  {command.name:<{width}}  {command.summary}" for command in COMMANDS.values()),
+        "",
+        "First steps:",
+        "  worldline doctor                 what this machine can do",
+        "  worldline play                   the shipped world in your browser",
+        "  worldline quickstart             collect, train, evaluate and play a small world, in minutes",
+        "",
+        "worldline COMMAND --help explains a command with its options, their defaults and their meaning.",
+    ]
+    return "\n".join(lines)
+
+
+def _help(command: Command) -> str:
+    path = f" {command.path.upper()}" if command.path_required else f" [{command.path.upper()}]" if command.path else ""
+    flags = "".join(f" [{flag}]" for flag in command.flags)
+    options = " [option=value ...]" if command.config else ""
+    width = shutil.get_terminal_size((120, 24)).columns
+    lines = [f"usage: worldline {command.name}{path}{options}{flags}", ""]
+    for paragraph in command.about.strip().split("\n\n"):
+        lines += [*textwrap.wrap(" ".join(paragraph.split()), min(width, 100)), ""]
+    lines += ["Examples:"]
+    longest = max(len(line) for line, _ in command.examples)
+    lines += [f"  {line:<{longest}}  {meaning}" for line, meaning in command.examples]
+    if command.flags:
+        lines += ["", "Flags:", *_table(command.flags.items(), width)]
+    if command.config:
+        lines += _options_help(command, width)
+    return "\n".join(lines)
+
+
+def _options_help(command: Command, width: int) -> list[str]:
+    from worldline.config import choices, flatten, meanings
+
+    cls = _load(command.config)
+    values, told, allowed = flatten(_compose(command, [])), meanings(cls), choices(cls)
+    groups = _groups(command)
+    lines = []
+    if groups:
+        lines += ["", "Presets (each sets some of the options below):"]
+        lines += [f"  {name}={'|'.join(options)}{'|PATH' if name == 'data' else ''}" for name, options in groups.items()]
+    rows = []
+    for name, value in values.items():
+        meaning = told.get(name) or ""
+        if name in allowed:
+            meaning = f"{' | '.join(map(str, allowed[name]))}. {meaning}"
+        rows.append((f"{name}={_shown(value)}", meaning.strip()))
+    return [*lines, "", "Options, with their defaults:", *_table(rows, width)]
+
+
+def _table(rows: Iterable[tuple[str, str]], width: int) -> list[str]:
+    rows = list(rows)
+    column = min(max(len(left) for left, _ in rows), 40)
+    lines = []
+    for left, right in rows:
+        wrapped = textwrap.wrap(right, max(width - column - 4, 30)) or [""]
+        lines.append(f"  {left:<{column}}  {wrapped[0]}".rstrip())
+        lines += [" " * (column + 4) + more for more in wrapped[1:]]
+    return lines
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str({None: "null", True: "true", False: "false"}[value])
+    return "[" + ",".join(map(str, value)) + "]" if isinstance(value, list) else str(value)
+
+
+# The commands
+
+
+def _wrote(path: Path, started: float) -> None:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    plural = "file" if len(files) == 1 else "files"
+    print(f"wrote {path}: {len(files)} {plural}, {size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s")
+
+
+def _collect(config: Any, flags: set[str]) -> int:
+    from worldline.data.collect import collect
+
+    started = time.monotonic()
+    _wrote(collect(config), started)
+    return 0
+
+
+def _train(config: Any, flags: set[str]) -> int:
+    from worldline.train.loop import train
+
+    started = time.monotonic()
+    path = train(config)
+    _wrote(path, started)
+    print(f"next: worldline evaluate {path}")
+    return 0
+
+
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        Command(
+            name="collect",
+            summary="episodes from a simulator, as a LeRobot v3 dataset",
+            about="""
+            Runs a simulator with a policy that explores well, in several processes, and writes a LeRobot v3.0 dataset:
+            video, actions and the simulator's true state. Episode i depends on (seed, i) only. An interrupted run goes
+            on where it stopped when the same command is given again.
+            """,
+            examples=(
+                ("worldline collect env=pusht", "PushT at 25 Hz, into datasets/pusht"),
+                ("worldline collect env=two_room episodes=40", "a small dataset of the small world"),
+            ),
+            run=_collect,
+            config="worldline.data.collect:CollectConfig",
+            kept="Finished episodes stay in {path}; the same command goes on from there.",
+        ),
+        Command(
+            name="train",
+            summary="a world model from a dataset; resumable to the sample",
+            about="""
+            Trains a world model: an encoder held by pixels, dynamics over long latent rollouts, a decoder. Writes
+            checkpoints and metrics into a run directory, atomically. The same command goes on after an interruption,
+            on a CPU to the same bits.
+
+            data= takes a preset or any LeRobot v3 dataset with a camera and actions.
+            """,
+            examples=(
+                ("worldline train model=tiny data=pusht", "the default world on PushT"),
+                ("worldline train data=/data/my_robot steps=4000", "any LeRobot v3 dataset, by its path"),
+            ),
+            run=_train,
+            config="worldline.train.loop:TrainConfig",
+            kept="The last checkpoint stays in {path}; the same command goes on from there.",
+        ),
+    )
+}
