@@ -1,0 +1,220 @@
+"""Our own worlds as a frame loop: predict the next latent, gauge it, draw it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from worldline.core.errors import WorldlineError
+from worldline.core.files import atomic_path
+from worldline.core.seeding import rng_for, seed_for
+from worldline.core.types import WorldSpec
+from worldline.data.simulators import Observation, Simulator, make_simulator
+from worldline.engine.workload import Stage
+from worldline.model.checkpoint import find_world, load_world, weights_sha256
+from worldline.model.world import State, World
+
+STARTS = "starts.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Starts:
+    """Real beginnings that ship with a checkpoint: a session's seed picks one, modulo their number.
+
+    A simulator reset with `seeds[i]` and led by `prefix[i, :prefix_lengths[i]]` shows `frames[i, 0]`, and then
+    `frames[i, 1:]` under `actions[i]`, so that the true world can begin where the imagined one does.
+    """
+
+    frames: UInt8[np.ndarray, "n c h w 3"]
+    actions: Float32[np.ndarray, "n cm1 a"]
+    seeds: Int64[np.ndarray, " n"]
+    prefix: Float32[np.ndarray, "n p a"]
+    prefix_lengths: Int64[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def begin_truth(self, simulator: Simulator, seed: int) -> Observation:
+        """Bring a simulator to the last context frame of the start that `seed` picks."""
+        start = seed % len(self)
+        observation = simulator.reset(int(self.seeds[start]))
+        for action in (*self.prefix[start, : self.prefix_lengths[start]], *self.actions[start]):
+            observation = simulator.step(action)
+        return observation
+
+
+def make_starts(simulator_name: str, context: int, count: int = 8, seed: int = 0) -> Starts:
+    """Play `count` starts with the simulator's own policy, on seeds of their own, that no training episode has.
+
+    Raises:
+        WorldlineError: unknown simulator, or its package is not installed.
+    """
+    simulator = make_simulator(simulator_name)
+    longest = 40
+    frames, actions, prefix = [], [], np.zeros((count, longest, simulator.spec.action_dim), np.float32)
+    lengths = rng_for(seed, "start-lengths").integers(10, longest + 1, count)
+    seeds = np.array([seed_for(seed, "start", index) % 2**31 for index in range(count)], dtype=np.int64)
+    for index in range(count):
+        observation = simulator.reset(int(seeds[index]))
+        policy = simulator.policy(int(seeds[index]))
+        for step in range(lengths[index]):
+            prefix[index, step] = policy(observation)
+            observation = simulator.step(prefix[index, step])
+        seen, done = [observation.frame], []
+        for _ in range(context - 1):
+            done.append(policy(observation))
+            observation = simulator.step(done[-1])
+            seen.append(observation.frame)
+        frames.append(np.stack(seen))
+        actions.append(np.array(done, dtype=np.float32).reshape(context - 1, simulator.spec.action_dim))
+    return Starts(
+        frames=np.stack(frames),
+        actions=np.stack(actions),
+        seeds=seeds,
+        prefix=prefix,
+        prefix_lengths=lengths.astype(np.int64),
+    )
+
+
+def save_starts(directory: str | Path, starts: Starts) -> Path:
+    """Write `starts.safetensors` into a checkpoint's directory."""
+    path = Path(directory) / STARTS
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(starts).items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+    return path
+
+
+def load_starts(directory: str | Path, spec: WorldSpec) -> Starts:
+    """Read a checkpoint's starts.
+
+    Raises:
+        WorldlineError: there are none, or they do not fit the world.
+    """
+    path = Path(directory) / STARTS
+    if not path.exists():
+        raise WorldlineError(
+            f"{path}: missing, so there is no real frame to begin from; "
+            f"write it with worldline.engine.workloads.latent: save_starts(directory, make_starts({spec.name!r}, context))"
+        )
+    try:
+        starts = Starts(**{name: tensor.numpy() for name, tensor in load_file(path).items()})
+    except (SafetensorError, TypeError) as error:
+        raise WorldlineError(f"{path}: not a file of starts ({error}); write it again with save_starts") from None
+    count, context = starts.frames.shape[:2] if starts.frames.ndim == 5 else (0, 0)
+    expected = (count, context - 1, spec.action_dim)
+    if count < 1 or starts.actions.shape != expected or starts.frames.dtype != np.uint8:
+        raise WorldlineError(
+            f"{path}: does not fit the world {spec.name!r}: frames {starts.frames.shape} {starts.frames.dtype} and "
+            f"actions {starts.actions.shape}, expected uint8 (n, c, h, w, 3) and (n, c - 1, {spec.action_dim})"
+        )
+    return starts
+
+
+class LatentWorkload:
+    """A `World` played frame by frame, batch 1, on one CPU thread (a second one gains nothing at this size).
+
+    An action beyond the spec's range is clipped to it, as the simulator clips it.
+    """
+
+    def __init__(self, world: World, starts: Starts, name: str = "", threads: int = 1) -> None:
+        self.world, self.starts, self.name, self.threads = world, starts, name, threads
+        spec, size = world.spec, world.config.image_size
+        if starts.frames.shape[2:] != (size, size, 3) or starts.actions.shape[2] != spec.action_dim:
+            raise WorldlineError(
+                f"starts of {starts.frames.shape[2:]} pixels and {starts.actions.shape[2]} action values do not fit "
+                f"this world of ({size}, {size}, 3) and {spec.action_dim}"
+            )
+        self.fps = 1.0 / spec.step_seconds
+        self.action = np.zeros(spec.action_dim, dtype=np.float32)
+        self.frame = np.zeros((size, size, 3), dtype=np.uint8)
+        self.gauge_names: tuple[str, ...] = ("region",) if world.gauge.fitted else ()
+        self.gauge = np.zeros(len(self.gauge_names), dtype=np.float32)
+        self._low, self._high = torch.tensor(spec.action_low), torch.tensor(spec.action_high)
+        self._action = torch.from_numpy(self.action)[None]
+        self._frame = torch.from_numpy(self.frame)
+        state = self._begin(0)
+        self._z = torch.zeros_like(state.z)
+        self._memory = tuple(torch.zeros_like(part) for part in state.memory)
+        gauge = (Stage("gauge", self._measure),) if self.gauge_names else ()
+        self.stages = (Stage("step", self._step), *gauge, Stage("decode", self._draw))
+
+    @classmethod
+    def open(cls, path_or_name: str | Path) -> LatentWorkload:
+        """Open a checkpoint with its starts, ready to play.
+
+        Raises:
+            WorldlineError: no such checkpoint, or it has no starts.
+        """
+        directory = find_world(path_or_name)
+        world = load_world(directory)
+        return cls(world, load_starts(directory, world.spec), name=str(path_or_name))
+
+    def reset(self, seed: int, prompt: str = "") -> None:
+        if prompt:
+            raise WorldlineError(f"this world takes no prompt, got {prompt!r}")
+        self._set(self._begin(seed))
+
+    def anchor(self, frame: UInt8[np.ndarray, "h w 3"]) -> None:
+        z = self.world.encode(torch.tensor(frame)[None])
+        self._set(self.world.observe(State(self._z, self._memory), z))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"z": self._z, **{f"memory.{index}": part for index, part in enumerate(self._memory)}}
+
+    def fingerprint(self) -> dict[str, str]:
+        config = {"world": self.world.config.to_json(), "spec": self.world.spec.to_json()}
+        starts = hashlib.sha256()
+        for name, value in vars(self.starts).items():
+            starts.update(name.encode() + value.tobytes())
+        return {
+            "workload": "latent",
+            "weights": weights_sha256(self.world),
+            "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+            "starts": starts.hexdigest(),
+            "checkpoint": self.name,
+            "device": "cpu",
+            "dtype": "float32",
+            "threads": str(self.threads),
+            "torch": torch.__version__,
+            "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "system": os.uname().sysname if hasattr(os, "uname") else platform.system(),
+        }
+
+    def _begin(self, seed: int) -> State:
+        start = seed % len(self.starts)
+        with torch.inference_mode():
+            z = self.world.encode(torch.tensor(self.starts.frames[start]))
+            return self.world.begin(z[None], torch.tensor(self.starts.actions[start])[None])
+
+    def _set(self, state: State) -> None:
+        self._z.copy_(state.z)
+        for part, value in zip(self._memory, state.memory, strict=True):
+            part.copy_(value)
+        if self.gauge_names:
+            self._measure()
+        self._draw()
+
+    def _step(self) -> None:
+        action = torch.minimum(torch.maximum(self._action, self._low), self._high)
+        state = self.world.step(State(self._z, self._memory), action)
+        self._z.copy_(state.z)
+        for part, value in zip(self._memory, state.memory, strict=True):
+            part.copy_(value)
+
+    def _measure(self) -> None:
+        self.gauge[0] = float(self.world.gauge.region(self._z)[0])
+
+    def _draw(self) -> None:
+        self._frame.copy_(self.world.decode(self._z)[0])
