@@ -1,0 +1,247 @@
+"""Episodes from a simulator, by several processes, into a LeRobot v3.0 dataset; a kill at any time loses minutes at most.
+
+Each finished episode is one durable file in `PATH.partial`. Episode i depends on the seed and i only, so the dataset is
+the same for any number of workers and any number of interruptions, to the byte.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldline.core.errors import WorldlineError
+from worldline.core.files import atomic_path, read_json, write_json
+from worldline.core.progress import Task, progress
+from worldline.core.seeding import seed_for
+from worldline.data.lerobot import SIDECAR
+from worldline.data.lerobot_writer import DatasetWriter
+from worldline.data.simulators import Simulator, make_simulator
+from worldline.data.video import Segment, encode_segment, frame_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """What to collect. `workers` changes how fast, never what: with 1, everything happens in this process."""
+
+    env: str
+    path: str
+    episodes: int = 150
+    steps: int = 240
+    """Frames in each episode, the first one included."""
+    seed: int = 0
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("episodes", 1), ("steps", 2), ("seed", 0), ("workers", 1)):
+            if getattr(self, name) < least:
+                raise WorldlineError(f"collect: {name} must be at least {least}, got {getattr(self, name)}")
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the content of the dataset."""
+        return {key: value for key, value in asdict(self).items() if key not in ("path", "workers")}
+
+
+def collect(config: CollectConfig) -> Path:
+    """Make the dataset at `config.path`, or finish the one that an interrupted run began there.
+
+    A complete dataset of the same configuration is returned as it is. Processes are spawned, so a script that calls
+    this with several workers needs the usual `if __name__ == "__main__":`.
+
+    Raises:
+        WorldlineError: the path holds something else, another run is at work on it, or a worker died.
+    """
+    path = Path(config.path)
+    if path.exists():
+        _require_same(path, config)
+        return path
+    spec = make_simulator(config.env).spec
+    staging = path.with_name(path.name + ".partial")
+    with _locked(staging, path):
+        plan = staging / "config.json"
+        if plan.exists():
+            _compare(staging, read_json(plan), config)
+        else:
+            write_json(plan, config.identity())
+        missing = [i for i in range(config.episodes) if not _staged(staging, i).exists()]
+        done = config.episodes - len(missing)
+        if missing:
+            with progress(f"collect {config.env}", config.episodes, done) as task:
+                if config.workers == 1 or len(missing) == 1:
+                    _collect_here(config, staging, missing, task)
+                else:
+                    _collect_with_processes(config, staging, missing, task)
+        split_key = f"{config.env}/{config.seed}"
+        with DatasetWriter(path, spec, split_key=split_key, collect=config.identity()) as writer:
+            for episode in range(config.episodes):
+                segment, actions, state = _load(_staged(staging, episode))
+                writer.add_encoded(segment, actions, state, f"explore {config.env}")
+        shutil.rmtree(staging)
+    return path
+
+
+def record_episode(simulator: Simulator, seed: int, steps: int, rate: Fraction) -> dict[str, np.ndarray]:
+    """Play one episode of `steps` frames with the simulator's own policy, and return it as named arrays."""
+    observation = simulator.reset(seed_for(seed, "reset"))
+    policy = simulator.policy(seed_for(seed, "policy"))
+    low, high = (np.array(bound, dtype=np.float32) for bound in (simulator.spec.action_low, simulator.spec.action_high))
+    frames, states, actions = [], [], []
+    for step in range(steps):
+        action = np.clip(policy(observation), low, high)
+        frames.append(observation.frame)
+        states.append(observation.state)
+        actions.append(action)
+        if step < steps - 1:
+            observation = simulator.step(action)
+    segment = encode_segment(np.stack(frames), rate)
+    return {
+        "actions": np.stack(actions),
+        "state": np.stack(states),
+        "video": np.frombuffer(segment.data, dtype=np.uint8),
+        "shape": np.array([segment.num_frames, segment.height, segment.width]),
+        "statistics": segment.statistics,
+    }
+
+
+def _staged(staging: Path, episode: int) -> Path:
+    return staging / f"episode-{episode:06d}.npz"
+
+
+def _load(path: Path) -> tuple[Segment, np.ndarray, np.ndarray]:
+    with np.load(path) as saved:
+        num_frames, height, width = saved["shape"].tolist()
+        segment = Segment(
+            data=saved["video"].tobytes(),
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            statistics=saved["statistics"],
+        )
+        return segment, saved["actions"], saved["state"]
+
+
+class _Recorder:
+    """Records and stages episodes, one at a time, with one simulator."""
+
+    def __init__(self, config: CollectConfig, staging: Path) -> None:
+        self._config, self._staging = config, staging
+        self._simulator = make_simulator(config.env)
+        self._rate = frame_rate(self._simulator.spec.step_seconds)
+
+    def record(self, episode: int) -> None:
+        config = self._config
+        seed = seed_for(config.env, config.seed, "episode", episode)
+        arrays: dict[str, Any] = record_episode(self._simulator, seed, config.steps, self._rate)
+        with atomic_path(_staged(self._staging, episode)) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+
+
+def _collect_here(config: CollectConfig, staging: Path, missing: list[int], task: Task) -> None:
+    recorder = _Recorder(config, staging)
+    for episode in missing:
+        recorder.record(episode)
+        task.advance()
+
+
+def _collect_with_processes(config: CollectConfig, staging: Path, missing: list[int], task: Task) -> None:
+    """Hand out episodes one by one; a worker ends when this process closes its pipe, or dies."""
+    context = multiprocessing.get_context("spawn")
+    waiting = iter(missing)
+    pipes: list[Connection] = []
+    processes = []
+    try:
+        for _ in range(min(config.workers, len(missing))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, config, staging), daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+            ours.send(next(waiting))
+        busy = list(pipes)
+        while busy:
+            for pipe in wait(busy):
+                assert isinstance(pipe, Connection)
+                try:
+                    problem = pipe.recv()
+                except EOFError:
+                    raise WorldlineError(
+                        "collect: a worker process died (out of memory?); what is finished is kept, run the same command again"
+                    ) from None
+                if problem is not None:
+                    raise problem
+                task.advance()
+                following = next(waiting, None)
+                if following is None:
+                    busy.remove(pipe)
+                else:
+                    pipe.send(following)
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            process.join()
+
+
+def _work(pipe: Connection, config: CollectConfig, staging: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; it closes the pipe
+    recorder: _Recorder | None = None
+    while True:
+        try:
+            episode = pipe.recv()
+        except EOFError:
+            return
+        problem: Exception | None = None
+        try:
+            recorder = recorder or _Recorder(config, staging)
+            recorder.record(episode)
+        except Exception as error:  # carried to the parent, which raises it
+            problem = error
+        try:
+            pipe.send(problem)
+        except BrokenPipeError:
+            return
+
+
+@contextmanager
+def _locked(staging: Path, path: Path) -> Iterator[None]:
+    """Hold the staging folder for this process; the lock goes with the process, however it ends."""
+    staging.mkdir(parents=True, exist_ok=True)
+    with open(staging / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorldlineError(
+                f"{path}: another collect is at work on it; wait for it or choose another path"
+            ) from None
+        yield
+
+
+def _require_same(path: Path, config: CollectConfig) -> None:
+    if not (path / SIDECAR).exists():
+        raise WorldlineError(f"{path}: exists and was not made by `worldline collect`; choose another path")
+    _compare(path, read_json(path / SIDECAR)["collect"] or {}, config)
+
+
+def _compare(path: Path, there: dict[str, Any], config: CollectConfig) -> None:
+    wanted = config.identity()
+    differences = [
+        f"{key}={there.get(key)} there, {key}={wanted[key]} asked for"
+        for key in wanted
+        if there.get(key) != wanted[key]
+    ]
+    if differences:
+        raise WorldlineError(
+            f"{path}: holds another collection ({'; '.join(differences)}); it is never overwritten: "
+            "remove it, or choose another path"
+        )
