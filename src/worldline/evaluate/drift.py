@@ -1,0 +1,237 @@
+"""From latents to a verdict: fit the probe, read every forecast through it, score, and describe the latents.
+
+Everything here takes arrays of latents, so that a constructed cheat is scored by the very code that scores a model.
+
+Shape legend: n windows, h = 0 ... T horizons (t1 = T + 1 of them), c context, d latent, a action.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int
+
+from worldline.core.seeding import rng_for
+from worldline.core.types import Factor
+from worldline.evaluate.probe import Probe, fit_probe
+from worldline.evaluate.ranking import Whitening, ranking_shares
+from worldline.evaluate.reliability import (
+    DRAWS,
+    FactorLimits,
+    Forecasts,
+    Reliability,
+    rank_correlation,
+    score,
+)
+from worldline.model.factors import FactorHead, reading_quality, split_factors
+
+_FAR = 1e6
+"""Latents beyond this many standard deviations are cut, so that a diverged rollout is a bad score and not a crash."""
+
+
+class RealFrames(NamedTuple):
+    """Encoded real frames of one split with the states they show."""
+
+    z: Float32[np.ndarray, "m d"]
+    state: Float32[np.ndarray, "m s"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """What one model makes of the windows."""
+
+    context: Float32[np.ndarray, "n c d"]
+    """Real latents up to h = 0 inclusive; at least two."""
+    real: Float32[np.ndarray, "n t1 d"]
+    imagined: Float32[np.ndarray, "n t1 d"]
+    """Open loop from the context with the recorded actions; h = 0 is the real latent."""
+    swapped: Float32[np.ndarray, "n t1 d"]
+    """The same with the action sequences of other episodes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentReport:
+    """What the latents themselves say, without factors. Errors: root mean square, in whitened units per dimension."""
+
+    effective_rank: float
+    latent_dim: int
+    error: Float[np.ndarray, " t1"]
+    """Of imagined against real latents; two real latents drawn at random differ by about sqrt(2)."""
+    error_persistence: Float[np.ndarray, " t1"]
+    growth: float | None
+    """e_100 / e_10; None when the horizon is shorter or e_10 is 0."""
+    inside: Float[np.ndarray, " t1"]
+    """Share of imagined latents within the radius that holds 99% of real training latents."""
+    inside_real: float
+    """The same share for the real latents of these windows."""
+    radius: Float[np.ndarray, " t1"]
+    """Median Mahalanobis radius of imagined latents over that of real ones."""
+    gauge_radius: Float[np.ndarray, " t1"]
+    """Rank correlation, within each horizon, of the radius with the true latent error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A model's verdict with all that is needed to draw it."""
+
+    reliability: Reliability
+    latents: LatentReport
+    forecasts: Forecasts
+    probe: Probe
+    whitening: Whitening
+
+
+def measure(
+    *,
+    factors: tuple[Factor, ...],
+    train: RealFrames,
+    validation: RealFrames,
+    rollouts: Rollouts,
+    state: Float32[np.ndarray, "n t1 s"],
+    episodes: Int[np.ndarray, " n"],
+    canonical: dict[str, tuple[float, float | None]],
+    actions_only: dict[str, Float[np.ndarray, "n t1 _"]] | None = None,
+    twin: dict[str, Float[np.ndarray, "n t1 _"]] | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Measurement:
+    """Score one model on windows of held-out episodes.
+
+    `canonical` holds (R^2, RMSE) of the canonical encoder by factor, `actions_only` factors forecast from actions
+    alone, `twin` the readings of an action-free twin through its own probe.
+    """
+    head = FactorHead.fit(factors, train.state)
+    probe = fit_probe(
+        head, torch.from_numpy(train.z), train.state, torch.from_numpy(validation.z), validation.state, seed
+    )
+    whitening = Whitening.fit(train.z)
+    truth = split_factors(state, factors)
+    imagined, swapped = (_bounded(z, train.z) for z in (rollouts.imagined, rollouts.swapped))
+    real = probe(torch.from_numpy(rollouts.real))
+    limits = {}
+    for f in factors:
+        r2, rmse = reading_quality(f, real[f.name], truth[f.name], head.mean[f.name])
+        limits[f.name] = FactorLimits(
+            probe_r2=r2, probe_rmse=rmse, canonical_r2=canonical[f.name][0], canonical_rmse=canonical[f.name][1]
+        )
+    naive = naive_forecasts(factors, probe(torch.from_numpy(rollouts.context)), state.shape[1])
+    if actions_only is not None:
+        naive["actions only"] = read_through_probe(factors, actions_only, real, truth)
+    if twin is not None:
+        naive["action-free twin"] = twin
+    forecasts = Forecasts(
+        episodes=episodes,
+        truth=truth,
+        real=real,
+        model=probe(torch.from_numpy(imagined)),
+        swapped=probe(torch.from_numpy(swapped)),
+        naive=naive,
+        mean=head.mean,
+    )
+    ranks = {
+        f.name: ranking_shares(
+            f,
+            factors,
+            imagined,
+            rollouts.real,
+            truth,
+            episodes,
+            whitening,
+            limits[f.name].probe_rmse if limits[f.name].encoded else limits[f.name].canonical_rmse,
+            seed,
+        )
+        for f in factors
+    }
+    return Measurement(
+        reliability=score(forecasts, factors, limits, ranks, draws=draws, seed=seed),
+        latents=describe_latents(whitening, train.z, rollouts.real, imagined),
+        forecasts=forecasts,
+        probe=probe,
+        whitening=whitening,
+    )
+
+
+def naive_forecasts(
+    factors: tuple[Factor, ...], context: dict[str, Float[np.ndarray, "n c _"]], num_steps: int
+) -> dict[str, dict[str, Float[np.ndarray, "n t1 _"]]]:
+    """Return persistence and constant velocity, from the probe's readings of the context.
+
+    Constant velocity extrapolates the *readings*: a latent pushed far along a straight line leaves the region where the
+    probe means anything, which would make this forecast needlessly weak. The velocity is the mean over the context.
+    """
+    steps = np.arange(num_steps)[:, None]
+    persistence, velocity = {}, {}
+    for f in factors:
+        reading = context[f.name]
+        persistence[f.name] = np.repeat(reading[:, -1:], num_steps, axis=1)
+        if f.kind == "continuous":
+            slope = (reading[:, -1] - reading[:, 0]) / (reading.shape[1] - 1)
+            velocity[f.name] = persistence[f.name] + slope[:, None] * steps
+    return {"persistence": persistence, "constant velocity": velocity}
+
+
+def read_through_probe(
+    factors: tuple[Factor, ...],
+    forecast: dict[str, Float[np.ndarray, "n t1 _"]],
+    real: dict[str, Float[np.ndarray, "n t1 _"]],
+    truth: dict[str, Float[np.ndarray, "n t1 _"]],
+) -> dict[str, Float[np.ndarray, "n t1 _"]]:
+    """Give a forecast of factors the error that the probe makes on the true frame of the same window and step.
+
+    To first order this is what g would read off an encoded frame that shows what the forecaster says. Without it this
+    forecast alone would be free of the encoder's error, which every other forecast carries. A discrete factor's log
+    probabilities are taken as they are.
+    """
+    return {
+        f.name: forecast[f.name] + (real[f.name] - truth[f.name]) if f.kind == "continuous" else forecast[f.name]
+        for f in factors
+    }
+
+
+def describe_latents(
+    whitening: Whitening,
+    train: Float32[np.ndarray, "m d"],
+    real: Float32[np.ndarray, "n t1 d"],
+    imagined: Float32[np.ndarray, "n t1 d"],
+) -> LatentReport:
+    """Describe imagined latents against real ones in whitened units."""
+    white, white_hat = whitening(real), whitening(imagined)
+    rank = max(white.shape[-1], 1)
+    distance = np.linalg.norm(white_hat - white, axis=-1) / np.sqrt(rank)  # (n, t1)
+    error = np.sqrt(np.square(distance).mean(axis=0))
+    still = np.sqrt((np.square(white - white[:, :1]).sum(-1) / rank).mean(axis=0))
+    radius, radius_real = np.linalg.norm(white_hat, axis=-1), np.linalg.norm(white, axis=-1)
+    limit = np.quantile(whitening.radius(train), 0.99)
+    return LatentReport(
+        effective_rank=whitening.effective_rank,
+        latent_dim=train.shape[1],
+        error=error,
+        error_persistence=still,
+        growth=float(error[100] / error[10]) if len(error) > 100 and error[10] > 0 else None,
+        inside=(radius <= limit).mean(axis=0),
+        inside_real=float((radius_real <= limit).mean()),
+        radius=np.median(radius, axis=0) / max(float(np.median(radius_real)), 1e-300),
+        gauge_radius=rank_correlation(radius, distance),
+    )
+
+
+def swap_across_episodes(episodes: Int[np.ndarray, " n"], seed: int = 0) -> Int[np.ndarray, " n"]:
+    """Return for each window another window whose action sequence it is given, never one of its own episode.
+
+    Episodes are put in a random ring and each takes the sequences of the next, window by window.
+    """
+    names = rng_for(seed, "swap").permutation(np.unique(episodes))
+    windows = {e: np.flatnonzero(episodes == e) for e in names}
+    donor = np.empty(len(episodes), dtype=np.int64)
+    for e, following in zip(names, np.roll(names, -1), strict=True):
+        donor[windows[e]] = np.resize(windows[following], len(windows[e]))
+    return donor
+
+
+def _bounded(z: Float32[np.ndarray, "n t1 d"], real: Float32[np.ndarray, "m d"]) -> Float32[np.ndarray, "n t1 d"]:
+    reach = _FAR * max(float(np.abs(real).max()), 1e-30)
+    bounded: np.ndarray = np.nan_to_num(np.clip(z, -reach, reach), nan=reach).astype(np.float32)
+    return bounded
