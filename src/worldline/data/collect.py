@@ -1,4 +1,4 @@
-"""Episodes from a simulator, by several processes, into a LeRobot v3.0 dataset; a kill at any time loses minutes at most.
+"""Episodes from a simulator, by several processes, into a LeRobot v3.0 dataset; a kill loses an episode each at most.
 
 Each finished episode is one durable file in `PATH.partial`. Episode i depends on the seed and i only, so the dataset is
 the same for any number of workers and any number of interruptions, to the byte.
@@ -176,7 +176,8 @@ def _collect_with_processes(config: CollectConfig, staging: Path, missing: list[
                     problem = pipe.recv()
                 except EOFError:
                     raise WorldlineError(
-                        "collect: a worker process died (out of memory?); what is finished is kept, run the same command again"
+                        "collect: a worker process died (out of memory?); what is finished is kept, "
+                        "run the same command again"
                     ) from None
                 if problem is not None:
                     raise problem

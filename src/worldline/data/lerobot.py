@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float32, UInt8
 
@@ -37,7 +38,8 @@ def open_dataset(path: str | Path, camera: str | None = None) -> Dataset:
         camera: which camera to read where there are several, by its feature's name or the last part of it.
 
     Raises:
-        WorldlineError: not a LeRobot v3.0 dataset, or its files are damaged, incomplete or hold numbers that are not finite.
+        WorldlineError: not a LeRobot v3.0 dataset, or its files are damaged or incomplete, or hold numbers
+            that are not finite.
     """
     return Dataset(path, camera)
 
@@ -143,7 +145,9 @@ class Dataset:
             raise WorldlineError(f"{self.path}: expected LeRobot {VERSION}, got {version}; {hint}")
 
     def _find_camera(self, wanted: str | None) -> str:
-        cameras = [name for name, feature in self.info["features"].items() if feature["dtype"] in ("video", "image")]
+        cameras: list[str] = [
+            name for name, feature in self.info["features"].items() if feature["dtype"] in ("video", "image")
+        ]
         if not cameras:
             raise WorldlineError(f"{self.path}: this dataset has no camera; a world model learns from pictures")
         if wanted is not None:
@@ -173,7 +177,7 @@ class Dataset:
         return rows
 
     def _read_numbers(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Return actions, states and (where pictures lie in the tables) encoded pictures, row by row in episode order."""
+        """Return actions, states and, where the tables hold pictures, those encoded; all in episode order."""
         features = self.info["features"]
         if "action" not in features:
             raise WorldlineError(f"{self.path}: no feature `action`; got {', '.join(features)}")
@@ -218,7 +222,8 @@ class Dataset:
             episode = int(np.searchsorted(self._starts, bad[0], side="right")) - 1
             raise WorldlineError(
                 f"{self.path}: {name} of episode {episode}, frame {bad[0] - self._starts[episode]} is "
-                f"{values[bad[0]].tolist()}; expected finite numbers ({len(bad)} bad frames in all); remove or mend them"
+                f"{values[bad[0]].tolist()}; expected finite numbers ({len(bad)} bad frames in all); "
+                "remove or mend them"
             )
         return values
 
@@ -322,13 +327,14 @@ def _column(column: pa.ChunkedArray, label: str) -> np.ndarray:
         raise WorldlineError(f"{label}: {array.null_count} rows are empty; expected a number in each")
     if pa.types.is_struct(array.type):
         return np.array([cell["bytes"] for cell in array.to_pylist()], dtype=object)
-    num_rows = len(array)
-    if hasattr(array, "flatten") and pa.types.is_nested(array.type):
-        flat = array.flatten()
-        if num_rows == 0 or len(flat) % num_rows:
-            raise WorldlineError(f"{label}: rows have different lengths")
-        return flat.to_numpy(zero_copy_only=False).reshape(num_rows, -1)
-    return array.to_numpy(zero_copy_only=False)
+    if not pa.types.is_nested(array.type):
+        values: np.ndarray = array.to_numpy(zero_copy_only=False)
+        return values
+    lengths = pc.unique(pc.list_value_length(array)).to_pylist()
+    if len(lengths) != 1:
+        raise WorldlineError(f"{label}: expected rows of one length, got {lengths}")
+    values = array.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(-1, lengths[0])
 
 
 def _decode_image(data: bytes) -> UInt8[np.ndarray, "h w 3"]:

@@ -107,7 +107,9 @@ class TwoRoom:
         open_floor = inside[:, None] * inside[None, :] * (1.0 - wall_rows[:, None] * _cover(size, *WALL)[None, :])
         right = _cover(size, 0.5, 1.0)[None, :, None]
         floor = np.array(_LEFT_FLOOR) * (1.0 - right) + np.array(_RIGHT_FLOOR) * right
-        return np.array(_WALL_COLOUR) + (floor - np.array(_WALL_COLOUR)) * open_floor[:, :, None]
+        picture: Float64[np.ndarray, "h w 3"] = np.array(_WALL_COLOUR) * (1.0 - open_floor[:, :, None])
+        picture += floor * open_floor[:, :, None]
+        return picture
 
     def _draw(self) -> UInt8[np.ndarray, "h w 3"]:
         """Blend the disc over the rooms; a pixel's share is its centre's depth inside the disc, in pixels."""
@@ -128,7 +130,8 @@ class TwoRoom:
 def _cover(size: int, low: float, high: float) -> Float64[np.ndarray, " size"]:
     """Return the share of each of `size` pixels in a row that lies between `low` and `high`."""
     edges = np.arange(size, dtype=np.float64)
-    return np.clip(np.minimum(edges + 1.0, high * size) - np.maximum(edges, low * size), 0.0, 1.0)
+    overlap: Float64[np.ndarray, " size"] = np.minimum(edges + 1.0, high * size) - np.maximum(edges, low * size)
+    return overlap.clip(0.0, 1.0)
 
 
 class _Wanderer:

@@ -83,7 +83,7 @@ class SegmentJoiner:
         self.size_bytes = 0
 
     def append(self, segment: Segment) -> None:
-        with av.open(io.BytesIO(segment.data)) as source:
+        with av.open(io.BytesIO(segment.data), "r") as source:
             stream = source.streams.video[0]
             if self._stream is None:
                 self._stream = self._output.add_stream_from_template(stream)
