@@ -1,8 +1,8 @@
 """The `worldline` command: the only place that knows Hydra.
 
-`worldline COMMAND [PATH] [option=value ...]`. Options are Hydra overrides of `conf/COMMAND.yaml`, on top of the defaults
-of the command's config dataclass; what comes out is that dataclass, checked. Nothing heavy is imported before a command
-needs it, so that help answers at once.
+`worldline COMMAND [PATH] [option=value ...]`. Options are Hydra overrides of `conf/COMMAND.yaml`, on top of the
+defaults of the command's config dataclass; what comes out is that dataclass, checked. Nothing heavy is imported before
+a command needs it, so that help answers at once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from worldline import __version__
 from worldline.core.errors import WorldlineError
 
 CONF = Path(__file__).parent / "conf"
+DEFAULT_PORT = 8470
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,18 @@ class Command:
     """What an interrupted run leaves behind, with the config's fields in braces."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """What to replay."""
+
+    file: Path
+    """The recording."""
+    checkpoint: str | None = None
+    """The world to replay it on: a checkpoint, a run, or a shipped name; null for the one named in the recording."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line and return its exit status: 0 done, 1 differs, 2 a mistake in the request, 130 interrupted."""
+    """Run one command line; return 0 when done, 1 for a difference, 2 for a mistake in the request, 130 on Ctrl-C."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         return _dispatch(arguments)
@@ -104,7 +115,9 @@ def _check_words(command: Command, flags: set[str], overrides: list[str], paths:
         known = [*command.flags, "--help"]
         raise WorldlineError(f"{command.name} has no flag {flag!r}{did_you_mean(flag, known)}")
     if overrides and not command.config:
-        raise WorldlineError(f"{command.name} takes no options, got {overrides[0]!r} (see worldline {command.name} --help)")
+        raise WorldlineError(
+            f"{command.name} takes no options, got {overrides[0]!r} (see worldline {command.name} --help)"
+        )
     if len(paths) > bool(command.path):
         extra = paths[bool(command.path)]
         wanted = f"one {command.path.upper()}" if command.path else "no path"
@@ -134,7 +147,9 @@ def _configure(command: Command, paths: list[str], overrides: list[str]) -> Any:
         if key in groups and value not in groups[key]:
             if key != "data" or not ("/" in value or Path(value).exists()):
                 or_path = ", nor a path" if key == "data" else ""
-                raise WorldlineError(f"{key}={value}: not one of its presets{or_path}{did_you_mean(value, groups[key])}")
+                raise WorldlineError(
+                    f"{key}={value}: not one of its presets{or_path}{did_you_mean(value, groups[key])}"
+                )
             fixed[key] = value
         elif key in groups or key in known or any(name.startswith(f"{key}.") for name in known):
             hydra_overrides.append(f"{key}={value}")
@@ -228,7 +243,9 @@ def _options_help(command: Command, width: int) -> list[str]:
     lines = []
     if groups:
         lines += ["", "Presets (each sets some of the options below):"]
-        lines += [f"  {name}={'|'.join(options)}{'|PATH' if name == 'data' else ''}" for name, options in groups.items()]
+        lines += [
+            f"  {name}={'|'.join(options)}{'|PATH' if name == 'data' else ''}" for name, options in groups.items()
+        ]
     rows = []
     for name, value in values.items():
         meaning = told.get(name) or ""
@@ -283,9 +300,68 @@ def _train(config: Any, flags: set[str]) -> int:
     return 0
 
 
+def _replay(config: Any, flags: set[str]) -> int:
+    from worldline.core.progress import progress
+    from worldline.engine.recording import Recording
+    from worldline.engine.replay import verify
+    from worldline.engine.workloads.latent import LatentWorkload
+
+    recording = Recording(config.file)
+    made_by = recording.header.fingerprint
+    print(f"{config.file}: {recording.frames} frames at {recording.header.fps:g} FPS", end="")
+    print("" if recording.complete else f" (incomplete, {recording.frames} frames)")
+    for key, value in made_by.items():
+        print(f"  {key:<10}  {value}")
+    if "--verify" not in flags:
+        print(f"next: worldline replay {config.file} --verify")
+        return 0
+    workload = LatentWorkload.open(config.checkpoint or made_by.get("checkpoint", ""))
+    with progress("verify", recording.frames) as task:
+        verdict = verify(config.file, workload, lambda done, total: task.advance(1))
+    print(verdict)
+    return 0 if verdict.ok else 1
+
+
+def _doctor(path: str, flags: set[str]) -> int:
+    from worldline.doctor import examine, report
+
+    checks = examine(DEFAULT_PORT)
+    print(report(checks))
+    return 1 if any(check.state == "broken" for check in checks) else 0
+
+
+def _list(path: str, flags: set[str]) -> int:
+    from worldline.listing import listing
+
+    print(listing(Path(path or ".")))
+    return 0
+
+
 COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
+        Command(
+            name="doctor",
+            summary="what this machine can do, and how to get the rest",
+            about="""
+            Looks at the interpreter, torch, processor, GPU, video codecs, simulators, disk, memory, the page's port,
+            browser and compilers. Under each thing that is missing stands the line that gets it. The exit status is 0
+            unless something needed is broken, then 1.
+            """,
+            examples=(("worldline doctor", "look at this machine"),),
+            run=_doctor,
+        ),
+        Command(
+            name="list",
+            summary="simulators, shipped worlds, presets, and the datasets and runs found here",
+            about="""
+            Lists what there is to work with, with sizes and headline results. Datasets are looked for in
+            FOLDER/datasets and runs in FOLDER/runs; FOLDER is the working directory unless given.
+            """,
+            examples=(("worldline list", "everything here"), ("worldline list ~/experiments", "another place")),
+            run=_list,
+            path="folder",
+        ),
         Command(
             name="collect",
             summary="episodes from a simulator, as a LeRobot v3 dataset",
@@ -300,7 +376,7 @@ COMMANDS: dict[str, Command] = {
             ),
             run=_collect,
             config="worldline.data.collect:CollectConfig",
-            kept="Finished episodes stay in {path}; the same command goes on from there.",
+            kept="Finished episodes stay in {path}.partial; the same command goes on from there.",
         ),
         Command(
             name="train",
@@ -319,6 +395,24 @@ COMMANDS: dict[str, Command] = {
             run=_train,
             config="worldline.train.loop:TrainConfig",
             kept="The last checkpoint stays in {path}; the same command goes on from there.",
+        ),
+        Command(
+            name="replay",
+            summary="what a recording holds; with --verify, proof that it repeats to the bit",
+            about="""
+            Shows a recording's header. With --verify the session is played again from its actions on the checkpoint
+            that made it, and every picture and state is compared by hash. The exit status is 0 if all are equal, and 1
+            with the first frame that differs. A file cut short is compared as far as it goes.
+            """,
+            examples=(
+                ("worldline replay recordings/session.wlr --verify", "compare every frame"),
+                ("worldline replay session.wlr checkpoint=runs/mine", "a checkpoint that lies elsewhere now"),
+            ),
+            run=_replay,
+            config="worldline.cli:ReplayConfig",
+            path="file",
+            path_required=True,
+            flags={"--verify": "Play it again and compare every frame."},
         ),
     )
 }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
+import operator
 import textwrap
 import types
 import typing
@@ -43,7 +45,7 @@ def defaults(cls: type[Any]) -> dict[str, Any]:
         default = _default(field)
         if default is dataclasses.MISSING:
             hint = typing.get_type_hints(cls)[field.name]
-            found[field.name] = defaults(hint) if dataclasses.is_dataclass(hint) else "???"
+            found[field.name] = defaults(typing.cast(Any, hint)) if dataclasses.is_dataclass(hint) else "???"
         else:
             found[field.name] = _plain(default)
     return found
@@ -62,7 +64,9 @@ def meanings(cls: type[Any], at: str = "") -> dict[str, str]:
         name = node.target.id
         if dataclasses.is_dataclass(hints[name]):
             found |= meanings(typing.cast(Any, hints[name]), _dotted(at, name))
-        elif isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+        elif (
+            isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+        ):
             found[_dotted(at, name)] = " ".join(after.value.value.split())
         else:
             found[_dotted(at, name)] = _comment(lines, node)
@@ -101,12 +105,12 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         options = [argument for argument in arguments if argument is not type(None)]
-        for option in options[:-1]:
-            try:
-                return _convert(option, value, at)
-            except WorldlineError:
-                continue  # the last alternative reports the error
-        return _convert(options[-1], value, at)
+        if len(options) == 1:
+            return _convert(options[0], value, at)
+        try:
+            return _convert(options[0], value, at)
+        except WorldlineError:
+            return _convert(functools.reduce(operator.or_, options[1:]), value, at)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, Mapping):
             return build(typing.cast(Any, hint), value, at)
@@ -118,7 +122,9 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
     elif origin is tuple and isinstance(value, list | tuple):
         inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(inner) == len(value):
-            return tuple(_convert(kind, item, f"{at}[{i}]") for i, (kind, item) in enumerate(zip(inner, value, strict=True)))
+            return tuple(
+                _convert(kind, item, f"{at}[{i}]") for i, (kind, item) in enumerate(zip(inner, value, strict=True))
+            )
     elif hint is bool:
         if isinstance(value, bool):
             return value
