@@ -10,6 +10,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from jaxtyping import Float64, UInt8
 
 from worldline.core.errors import WorldlineError
@@ -17,6 +18,10 @@ from worldline.core.errors import WorldlineError
 CODEC, PIXEL_FORMAT = "libx264rgb", "gbrp"
 _OPTIONS = {"qp": "0", "preset": "medium", "g": "12", "bf": "0", "threads": "1"}
 """Lossless in RGB, so that frames come back exactly; one thread, so that the same frames give the same bytes."""
+
+
+_SMALL_PIXELS = 128 * 128
+"""Up to this size handing frames between decoder threads costs more than decoding them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +124,9 @@ def decode_frames(path: Path, start_seconds: float, count: int, rate: float) -> 
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
+            small = stream.codec_context.width * stream.codec_context.height <= _SMALL_PIXELS
+            stream.thread_type, stream.thread_count = ("SLICE", 1) if small else ("AUTO", 0)
+            reformatter = VideoReformatter()  # one for all frames: making it costs more than using it
             time_base = stream.time_base or Fraction(1, 90_000)
             container.seek(max(0, int((first - 0.5) / rate / time_base)), stream=stream, backward=True)
             for frame in container.decode(stream):
@@ -128,7 +136,8 @@ def decode_frames(path: Path, start_seconds: float, count: int, rate: float) -> 
                 if slot >= 0 and not seen[slot]:
                     if frames is None:
                         frames = np.empty((count, frame.height, frame.width, 3), dtype=np.uint8)
-                    frames[slot] = frame.to_ndarray(format="rgb24")
+                    planar = frame.format.name == PIXEL_FORMAT
+                    frames[slot] = (frame if planar else reformatter.reformat(frame, format="rgb24")).to_ndarray()
                     seen[slot] = True
                 if seen[-1] and seen.all():
                     break
