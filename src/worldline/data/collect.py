@@ -9,7 +9,8 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import shutil
-import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -55,8 +56,7 @@ class CollectConfig:
 def collect(config: CollectConfig) -> Path:
     """Make the dataset at `config.path`, or finish the one that an interrupted run began there.
 
-    A complete dataset of the same configuration is returned as it is. Processes are spawned, so a script that calls
-    this with several workers needs the usual `if __name__ == "__main__":`.
+    A complete dataset of the same configuration is returned as it is.
 
     Raises:
         WorldlineError: the path holds something else, another run is at work on it, or a worker died.
@@ -154,31 +154,32 @@ def _collect_here(config: CollectConfig, staging: Path, missing: list[int], task
 
 
 def _collect_with_processes(config: CollectConfig, staging: Path, missing: list[int], task: Task) -> None:
-    """Hand out episodes one by one; a worker ends when this process closes its pipe, or dies."""
-    context = multiprocessing.get_context("spawn")
+    """Hand out episodes one by one; a worker ends when this process closes its pipe, or dies.
+
+    Workers are fresh interpreters that import this module alone, so that a caller's script needs no main guard.
+    """
     waiting = iter(missing)
     pipes: list[Connection] = []
     processes = []
     try:
         for _ in range(min(config.workers, len(missing))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, config, staging), daemon=True)
-            process.start()
-            theirs.close()
+            ours, theirs = multiprocessing.Pipe()
+            with theirs:
+                command = f"from worldline.data.collect import work; work({theirs.fileno()})"
+                # a session of its own: Ctrl-C reaches this process only, which then closes the pipes
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", command], pass_fds=[theirs.fileno()], start_new_session=True
+                    )
+                )
             pipes.append(ours)
-            processes.append(process)
+            ours.send((config, staging))
             ours.send(next(waiting))
         busy = list(pipes)
         while busy:
             for pipe in wait(busy):
                 assert isinstance(pipe, Connection)
-                try:
-                    problem = pipe.recv()
-                except EOFError:
-                    raise WorldlineError(
-                        "collect: a worker process died (out of memory?); what is finished is kept, "
-                        "run the same command again"
-                    ) from None
+                problem = pipe.recv()
                 if problem is not None:
                     raise problem
                 task.advance()
@@ -187,31 +188,34 @@ def _collect_with_processes(config: CollectConfig, staging: Path, missing: list[
                     busy.remove(pipe)
                 else:
                     pipe.send(following)
+    except (EOFError, ConnectionError):
+        raise WorldlineError(
+            "collect: a worker process died (out of memory?); what is finished is kept, run the same command again"
+        ) from None
     finally:
         for pipe in pipes:
             pipe.close()
         for process in processes:
-            process.join()
+            process.wait()
 
 
-def _work(pipe: Connection, config: CollectConfig, staging: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; it closes the pipe
-    recorder: _Recorder | None = None
-    while True:
+def work(descriptor: int) -> None:
+    """Live as a worker: record the episodes that the other end of the pipe `descriptor` asks for, until it closes."""
+    with Connection(descriptor) as pipe:
         try:
-            episode = pipe.recv()
-        except EOFError:
-            return
-        problem: Exception | None = None
-        try:
-            recorder = recorder or _Recorder(config, staging)
-            recorder.record(episode)
-        except Exception as error:  # carried to the parent, which raises it
-            problem = error
-        try:
-            pipe.send(problem)
-        except BrokenPipeError:
-            return
+            recorder = None
+            config, staging = pipe.recv()
+            while True:
+                episode = pipe.recv()
+                problem: Exception | None = None
+                try:
+                    recorder = recorder or _Recorder(config, staging)
+                    recorder.record(episode)
+                except Exception as error:  # the parent raises it
+                    problem = error
+                pipe.send(problem)
+        except (EOFError, ConnectionError):
+            return  # the parent has closed the pipe, or is gone
 
 
 @contextmanager
