@@ -12,7 +12,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -158,15 +158,16 @@ def _configure(command: Command, paths: list[str], overrides: list[str]) -> Any:
             raise WorldlineError(f"{command.name}: unknown option {key!r}{near} (see worldline {command.name} --help)")
     if paths:
         fixed[command.path] = paths[0]
-    return build(_load(command.config), _compose(command, hydra_overrides) | fixed)
+    return build(_load(command.config), _compose(command, hydra_overrides, fixed))
 
 
-def _compose(command: Command, overrides: list[str]) -> dict[str, Any]:
+def _compose(command: Command, overrides: list[str], fixed: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return the command's options as plain values. `fixed` are taken as they are written, paths for example."""
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
     from worldline.config import defaults
@@ -175,7 +176,14 @@ def _compose(command: Command, overrides: list[str]) -> dict[str, Any]:
     ConfigStore.instance().store(name=f"{command.name}_defaults", node=defaults(_load(command.config)))
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose(command.name, overrides)
+            composed = compose(command.name, overrides, return_hydra_config=True)
+        chosen = dict(composed.hydra.runtime.choices)
+        # For default places: ${name:PATH} is the last part of a path, ${preset:GROUP} the preset chosen from a group.
+        OmegaConf.register_new_resolver("name", lambda path: Path(path).resolve().name, replace=True)
+        OmegaConf.register_new_resolver("preset", lambda group: chosen[group], replace=True)
+        with open_dict(composed):
+            del composed["hydra"]
+            composed.update(fixed or {})
         values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error).strip().splitlines()[0]
@@ -237,9 +245,9 @@ def _help(command: Command) -> str:
 def _options_help(command: Command, width: int) -> list[str]:
     from worldline.config import choices, flatten, meanings
 
-    cls = _load(command.config)
+    cls, groups = _load(command.config), _groups(command)
     values, told, allowed = flatten(_compose(command, [])), meanings(cls), choices(cls)
-    groups = _groups(command)
+    told |= {name: comment for name, comment in _yaml_comments(command.name, groups).items() if not told.get(name)}
     lines = []
     if groups:
         lines += ["", "Presets (each sets some of the options below):"]
@@ -247,12 +255,27 @@ def _options_help(command: Command, width: int) -> list[str]:
             f"  {name}={'|'.join(options)}{'|PATH' if name == 'data' else ''}" for name, options in groups.items()
         ]
     rows = []
+    first: dict[tuple[str, str], str] = {}
     for name, value in values.items():
         meaning = told.get(name) or ""
-        if name in allowed:
+        twin = first.setdefault((name.rsplit(".", 1)[-1], meaning), name)
+        if meaning and twin != name:
+            meaning = f"As {twin}."
+        elif name in allowed:
             meaning = f"{' | '.join(map(str, allowed[name]))}. {meaning}"
         rows.append((f"{name}={_shown(value)}", meaning.strip()))
     return [*lines, "", "Options, with their defaults:", *_table(rows, width)]
+
+
+def _yaml_comments(name: str, groups: Mapping[str, list[str]]) -> dict[str, str]:
+    from worldline.config import comments
+
+    found = comments((CONF / f"{name}.yaml").read_text(encoding="utf-8"))
+    for group, presets in groups.items():
+        for preset in presets:
+            text = (CONF / group / f"{preset}.yaml").read_text(encoding="utf-8")
+            found |= comments(text, at="" if "@package _global_" in text else group)
+    return found
 
 
 def _table(rows: Iterable[tuple[str, str]], width: int) -> list[str]:
@@ -267,6 +290,8 @@ def _table(rows: Iterable[tuple[str, str]], width: int) -> list[str]:
 
 
 def _shown(value: Any) -> str:
+    if value == "???":
+        return "..."
     if value is None or isinstance(value, bool):
         return str({None: "null", True: "true", False: "false"}[value])
     return "[" + ",".join(map(str, value)) + "]" if isinstance(value, list) else str(value)
@@ -390,10 +415,10 @@ COMMANDS: dict[str, Command] = {
             """,
             examples=(
                 ("worldline train model=tiny data=pusht", "the default world on PushT"),
-                ("worldline train data=/data/my_robot steps=4000", "any LeRobot v3 dataset, by its path"),
+                ("worldline train data=/data/my_robot joint.steps=4000", "any LeRobot v3 dataset, by its path"),
             ),
             run=_train,
-            config="worldline.train.loop:TrainConfig",
+            config="worldline.train.config:TrainConfig",
             kept="The last checkpoint stays in {path}; the same command goes on from there.",
         ),
         Command(

@@ -8,6 +8,7 @@ import difflib
 import functools
 import inspect
 import operator
+import re
 import textwrap
 import types
 import typing
@@ -73,6 +74,25 @@ def meanings(cls: type[Any], at: str = "") -> dict[str, str]:
     return found
 
 
+def comments(yaml: str, at: str = "") -> dict[str, str]:
+    """Return the comment behind each `option: value` line of a YAML text, by dotted name."""
+    found: dict[str, str] = {}
+    open_keys: list[tuple[int, str]] = []
+    for line in yaml.splitlines():
+        match = re.match(r"( *)(\w+):([^#]*)(?:# *(.*))?$", line)
+        if not match:
+            continue
+        indent, key, value, comment = len(match[1]), match[2], match[3].strip(), match[4]
+        while open_keys and open_keys[-1][0] >= indent:
+            open_keys.pop()
+        name = ".".join([*([at] if at else []), *(outer for _, outer in open_keys), key])
+        if not value:
+            open_keys.append((indent, key))
+        elif comment:
+            found[name] = comment.strip()
+    return found
+
+
 def choices(cls: type[Any], at: str = "") -> dict[str, tuple[Any, ...]]:
     """Return the allowed values of each option that is a `Literal`, by dotted name."""
     found: dict[str, tuple[Any, ...]] = {}
@@ -93,10 +113,16 @@ def flatten(values: Mapping[str, Any], at: str = "") -> dict[str, Any]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean ...?" for the nearest known name, else the list of what there is."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+    """Return "; did you mean ...?" for the nearest known names, else the list of what there is, if it is short."""
+    names = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.7)
+    if not near:  # `steps` for `joint.steps`
+        leaves = {name.rsplit(".", 1)[-1] for name in names}
+        close = difflib.get_close_matches(word.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.7)
+        near = [name for name in names if name.rsplit(".", 1)[-1] in close][:3]
+    if near:
+        return f"; did you mean {' or '.join(repr(name) for name in near)}?"
+    return f"; there are {', '.join(names)}" if len(names) <= 12 else ""
 
 
 def _convert(hint: Any, value: Any, at: str) -> Any:
