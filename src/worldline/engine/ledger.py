@@ -100,7 +100,7 @@ class Ledger:
         self._spans[row, :-1] = spans
 
     def close(self) -> None:
-        """End the frame that was written last; the time since `write` is the ledger's own."""
+        """End the frame that was written last; the time since `write` is the ledger's own span."""
         row = self.count % self.capacity
         self.count += 1
         end = time.perf_counter_ns()

@@ -14,7 +14,7 @@ _SPIN_NS = 300_000  # sleeping overshoots by about 0.1 ms on an idle Linux; the 
 class Tick(NamedTuple):
     """The slot of one frame, in nanoseconds of the pace's clock."""
 
-    index: int
+    slot: int
     due_ns: int
     deadline_ns: int
     """When the next slot begins: a frame that ends later was missed."""

@@ -138,9 +138,11 @@ class Recorder:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-        except FileExistsError:
-            raise WorldlineError(f"{path}: exists already; recordings are never overwritten, choose another") from None
         except OSError as error:
+            if self.path.exists():
+                raise WorldlineError(
+                    f"{path}: exists already; recordings are never overwritten, choose another"
+                ) from None
             raise WorldlineError(f"{path}: cannot record there ({error.strerror})") from None
         self._sequence = 0
         self._pending = bytearray(MAGIC + bytes([VERSION]))
@@ -237,6 +239,8 @@ class Recording:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.frames, self.complete = 0, False
+        with self._open() as file:
+            self._size = file.seek(0, os.SEEK_END)  # a file that still grows is read up to here
         self.snapshots: list[int] = []
         """Ids of the frames after which the state is kept."""
         for record in self.records():
@@ -247,12 +251,14 @@ class Recording:
 
     def records(self) -> Iterator[Record]:
         """Yield the records after the header, in order; memory does not grow with the file."""
+        with self._open() as file:
+            yield from self._decode(file, self._size)
+
+    def _open(self) -> IO[bytes]:
         try:
-            file = open(self.path, "rb")  # noqa: SIM115 (closed by the `with` below; only opening it is the user's)
+            return open(self.path, "rb")
         except OSError as error:
             raise WorldlineError(f"{self.path}: cannot be read ({error.strerror})") from None
-        with file:
-            yield from self._decode(file, os.fstat(file.fileno()).st_size)
 
     def _decode(self, file: IO[bytes], size: int) -> Iterator[Record]:
         magic = file.read(len(MAGIC) + 1)
@@ -266,11 +272,11 @@ class Recording:
             raise WorldlineError(f"{self.path}: ends within its header; nothing was recorded")
         try:
             self.header = Header.from_bytes(payload[1])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise WorldlineError(f"{self.path}: its header is not one of a replay file ({error!r})") from None
         sequence, last = 1, None
-        while (found := self._next(file, size, sequence, last)) is not None:
-            record = self._record(*found, last)
+        while (item := self._next(file, size, sequence, last)) is not None:
+            record = self._record(*item, last)
             if record.kind is Kind.END:
                 if file.tell() != size:
                     raise self._damage(last, "there is more after its end record")
@@ -296,8 +302,9 @@ class Recording:
         if length + _CRC.size > size - file.tell():
             return None
         payload, tail = file.read(length), file.read(_CRC.size)
-        if zlib.crc32(payload, zlib.crc32(head[: _HEAD.size])) != _CRC.unpack(tail)[0]:
-            if tail == bytes(_CRC.size) and self._zeros_to_end(file, file.tell()):
+        expected = _CRC.pack(zlib.crc32(payload, zlib.crc32(head[: _HEAD.size])))
+        if tail != expected:
+            if expected.startswith(tail.rstrip(b"\0")) and self._zeros_to_end(file, file.tell()):
                 return None
             raise self._damage(last, f"checksum of the record at byte {start}")
         return Kind(code), payload
@@ -346,7 +353,7 @@ class Recording:
 
     def _damage(self, last: int | None, what: str) -> WorldlineError:
         where = "before its first frame" if last is None else f"at frame {last + 1}"
-        return WorldlineError(f"{self.path}: damaged {where}: {what}; frames before it cannot be trusted to be all")
+        return WorldlineError(f"{self.path}: damaged {where}: {what}; get another copy of the file")
 
     @staticmethod
     def _zeros_to_end(file: IO[bytes], start: int) -> bool:

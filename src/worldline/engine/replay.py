@@ -21,6 +21,8 @@ class Verdict:
     ok: bool
     frames: int
     """Frames that were compared and equal."""
+    recorded: int
+    """Frames in the file."""
     complete: bool
     """The file was closed in order; otherwise its torn tail was left out."""
     first_bad_frame: int | None = None
@@ -29,11 +31,11 @@ class Verdict:
     """Fingerprint fields that differ: (in the file, here). They fail a verdict only if they say which world it is."""
 
     def __str__(self) -> str:
-        tail = "" if self.complete else f" (incomplete, {self.frames} frames)"
+        tail = "" if self.complete else f" (incomplete, {self.recorded} frames)"
         if self.ok:
-            note = f"; other machine or versions: {', '.join(self.differs)}" if self.differs else ""
+            note = f"; though not with the same {', '.join(self.differs)}" if self.differs else ""
             return f"{self.frames} frames, equal to the bit{tail}{note}"
-        return f"differs at frame {self.first_bad_frame}: {self.reason}"
+        return f"differs at frame {self.first_bad_frame}{tail}: {self.reason}"
 
 
 def verify(path: str | Path, workload: Workload, progress: Callable[[int, int], None] | None = None) -> Verdict:
@@ -47,8 +49,7 @@ def verify(path: str | Path, workload: Workload, progress: Callable[[int, int], 
     """
     recording = Recording(path)
     engine = _engine_for(recording, workload)
-    here = workload.fingerprint()
-    there = recording.header.fingerprint
+    here, there = engine.fingerprint, recording.header.fingerprint
     differs = {
         key: (there.get(key, ""), here.get(key, "")) for key in {**there, **here} if there.get(key) != here.get(key)
     }
@@ -56,11 +57,12 @@ def verify(path: str | Path, workload: Workload, progress: Callable[[int, int], 
 
     def bad(frame: int, reason: str) -> Verdict:
         because = "".join(
-            f"; {key} differ: {differs[key][0][:16]} in the file, {differs[key][1][:16]} here" for key in other
+            f"; other {key}: {there[:16]} in the file, {here[:16]} here" for key, (there, here) in differs.items()
         )
         return Verdict(
             ok=False,
             frames=frames,
+            recorded=recording.frames,
             complete=recording.complete,
             first_bad_frame=frame,
             reason=reason + because,
@@ -84,8 +86,8 @@ def verify(path: str | Path, workload: Workload, progress: Callable[[int, int], 
         elif record.kind is Kind.SNAPSHOT and (tensor := engine.differing_tensor(record.body)):
             return bad(record.id, f"the snapshot after it holds another {tensor}")
     if other:
-        return bad(first, "made by another world, though every hash is equal")
-    return Verdict(ok=True, frames=frames, complete=recording.complete, differs=differs)
+        return bad(first, "recorded with another world, though every hash is equal")
+    return Verdict(ok=True, frames=frames, recorded=frames, complete=recording.complete, differs=differs)
 
 
 def seek(path: str | Path, workload: Workload, frame_id: int) -> Engine:
@@ -102,10 +104,11 @@ def seek(path: str | Path, workload: Workload, frame_id: int) -> Engine:
     for record in recording.records():
         if record.kind is Kind.SNAPSHOT and record.id == start:
             engine.restore(record.id, record.chain, record.body)
-        elif record.kind in PICTURES and (start is None or record.id > start):
-            if reason := _difference(record, _play(engine, record)):
-                raise WorldlineError(f"{path}: does not repeat here from frame {record.id} on ({reason}); verify it")
-        if record.id == frame_id and engine.id == frame_id:
+        elif record.kind not in PICTURES or (start is not None and record.id <= start):
+            continue
+        elif reason := _difference(record, _play(engine, record)):
+            raise WorldlineError(f"{path}: does not repeat here from frame {record.id} on ({reason}); verify it")
+        if engine.id == frame_id:
             return engine
     raise WorldlineError(f"{path}: holds no frame {frame_id}; it has {recording.frames} frames")
 

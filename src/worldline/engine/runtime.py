@@ -63,6 +63,7 @@ class Engine:
             raise WorldlineError(f"snapshots need at least 1 frame between them, got {snapshot_every}")
         self.workload = workload
         self.snapshot_every = snapshot_every
+        self.fingerprint = workload.fingerprint()
         inner = tuple(stage.name for stage in workload.stages)
         self.ledger = Ledger(("input", "event", *inner, "hash", "record", *outer_stages), ledger_frames)
         self._runs = tuple(stage.run for stage in workload.stages)
@@ -127,7 +128,7 @@ class Engine:
         """
         with self._lock:
             begin = time.perf_counter_ns() if begun_ns is None else begun_ns
-            self._take(action)
+            cause = self._take(action)
             self._clear_spans()
             self._ready = False
             with self._arithmetic():
@@ -136,7 +137,7 @@ class Engine:
                     started = time.perf_counter_ns()
                     run()
                     self._spans[column] = (started, time.perf_counter_ns() - started)
-                frame = self._finish(Kind.STEP, self.workload.action.tobytes(), begin, deadline_ns)
+                frame = self._finish(Kind.STEP, cause, begin, deadline_ns)
             self.ledger.close()
             return frame
 
@@ -198,7 +199,7 @@ class Engine:
                 raise WorldlineError(f"a snapshot of this workload has {expected} bytes, got {len(snapshot)}")
             offset = 0
             for view in self._views.values():
-                view[:] = np.frombuffer(snapshot, dtype=np.uint8, count=len(view), offset=offset)
+                view[:] = snapshot[offset : offset + len(view)]
                 offset += len(view)
             self.workload.frame[...] = np.frombuffer(snapshot, np.uint8, offset=offset).reshape(self.layout.frame_shape)
             self._id, self._chain, self._ready = frame_id, chain, True
@@ -222,14 +223,15 @@ class Engine:
 
     def _open(self, path: str | Path) -> Recorder:
         header = Header(
-            fingerprint=self.workload.fingerprint(),
+            fingerprint=self.fingerprint,
             layout=self.layout,
             fps=self.workload.fps,
             snapshot_every=self.snapshot_every,
         )
         return Recorder(path, header)
 
-    def _take(self, action: Float32[np.ndarray, " a"]) -> None:
+    def _take(self, action: Float32[np.ndarray, " a"]) -> bytes:
+        """Put an action into the workload's buffer and return its bytes."""
         self._require_ready()
         buffer = self.workload.action
         values = np.asarray(action, dtype=np.float32)
@@ -238,6 +240,7 @@ class Engine:
         if not np.isfinite(values).all():
             raise WorldlineError(f"an action must be finite, got {values.tolist()}")
         buffer[:] = values
+        return values.tobytes()
 
     def _require_ready(self) -> None:
         if not self._ready:
@@ -263,7 +266,7 @@ class Engine:
         clock, column = time.perf_counter_ns, 2 + len(self._runs)
         started = clock()
         self._id += 1
-        picture = hashlib.blake2b(self._picture, digest_size=HASH_BYTES).digest()
+        picture = hashlib.blake2b(self._picture.data, digest_size=HASH_BYTES).digest()
         digest = hashlib.blake2b(self._chain, digest_size=HASH_BYTES)
         digest.update(_EVENT.pack(kind, self._id, len(cause)) + cause + picture)
         for view in self._views.values():
@@ -275,9 +278,9 @@ class Engine:
             started = clock()
             self._record(self._recorder, kind, cause, picture)
             self._spans[column + 1] = (started, clock() - started)
+        gauge = dict(zip(self.workload.gauge_names, self.workload.gauge.tolist(), strict=True))
         self.ledger.write(self._id, begin, deadline, self._spans)
         spans = {name: span[1] for name, span in zip(self.ledger.stages, self._spans, strict=False)}
-        gauge = dict(zip(self.workload.gauge_names, self.workload.gauge.tolist(), strict=True))
         return Frame(self._id, self._picture, picture, self._chain, spans, gauge)
 
     def _record(self, recorder: Recorder, kind: Kind, cause: bytes, picture: bytes) -> None:
@@ -317,8 +320,8 @@ def _genesis(layout: Layout) -> bytes:
     return hashlib.blake2b(json.dumps(layout.to_json()).encode(), digest_size=HASH_BYTES, person=b"worldline").digest()
 
 
-def _bytes_of(name: str, tensor: torch.Tensor) -> UInt8[np.ndarray, " n"]:
-    """Return a view of a tensor's bytes."""
+def _bytes_of(name: str, tensor: torch.Tensor) -> memoryview:
+    """Return a writable view of a tensor's bytes."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise WorldlineError(f"state tensor {name!r} must be contiguous and in CPU memory, got {tensor.device}")
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -106,7 +106,8 @@ def load_starts(directory: str | Path, spec: WorldSpec) -> Starts:
     if not path.exists():
         raise WorldlineError(
             f"{path}: missing, so there is no real frame to begin from; "
-            f"write it with worldline.engine.workloads.latent: save_starts(directory, make_starts({spec.name!r}, context))"
+            f"write it: from worldline.engine.workloads.latent import make_starts, save_starts; "
+            f"save_starts({str(directory)!r}, make_starts({spec.name!r}, context=4))"
         )
     try:
         starts = Starts(**{name: tensor.numpy() for name, tensor in load_file(path).items()})
