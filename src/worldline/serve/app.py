@@ -1,0 +1,308 @@
+"""The web application: who may reach it, what it serves, and `serve`, which runs it."""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import ipaddress
+import secrets
+import socket
+import webbrowser
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from worldline.core.errors import WorldlineError
+from worldline.engine.workloads.latent import LatentWorkload
+from worldline.model.checkpoint import read_card, shipped_worlds
+from worldline.serve.hub import POLICY, Hub
+from worldline.serve.protocol import MAX_FPS, MAX_UP_BYTES
+from worldline.serve.session import Session, find_recording
+from worldline.serve.truth import find_true_world
+
+STATIC = Path(__file__).resolve().parent / "static"
+_SEND_BUFFER = 1 << 17  # a slow client lags by what the kernel holds for it: keep that to a few pictures
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-cache",
+}
+_TITLES = {
+    "input": "keys and pointer become an action",
+    "event": "a reset or a re-anchor in place of a step",
+    "step": "the model imagines one step ahead, in latents",
+    "gauge": "how far the latent is from those seen in training",
+    "decode": "the latent becomes a picture",
+    "hash": "picture, state and action are hashed onto the chain",
+    "record": "the frame is handed to the replay file's writer",
+    "ledger": "writing this table's row",
+    "truth": "the simulator takes the same action, and its picture is compared",
+    "encode": "header and pictures become one message",
+    "send": "the message is handed to the connections",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlayConfig:
+    """What to play, and for whom."""
+
+    checkpoint: str = ""
+    """A checkpoint, a run, or a shipped world's name; "" is the first shipped one."""
+    host: str = "127.0.0.1"
+    """Anything but this machine's own loopback needs a token in the address."""
+    port: int = 8765
+    """0 takes any free one."""
+    fps: float | None = None
+    """Frames per second; None is the world's real time, 0 is no limit."""
+    seed: int = 0
+    recordings: str = "recordings"
+    """Folder of replay files."""
+    open_browser: bool = False
+    token: str | None = None
+    """None makes one where it is needed."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise WorldlineError(f"port: expected 0 to 65535, got {self.port}")
+        if self.fps is not None and self.fps != 0 and not 1 <= self.fps <= MAX_FPS:
+            raise WorldlineError(
+                f"fps: expected 1 to {MAX_FPS:g}, 0 for no limit or null for real time, got {self.fps}"
+            )
+        if not 0 <= self.seed < 2**31:
+            raise WorldlineError(f"seed: expected 0 to 2147483647, got {self.seed}")
+
+
+def serve(config: PlayConfig) -> None:
+    """Play a world in browsers until interrupted.
+
+    Raises:
+        WorldlineError: no such checkpoint, the address cannot be used, or the session ended by itself.
+    """
+    listener = _listen(config.host, config.port)
+    with listener:
+        port = listener.getsockname()[1]
+        local = _is_loopback(config.host)
+        token = config.token or ("" if local else secrets.token_urlsafe(16))
+        url = f"http://{_for_url('127.0.0.1' if config.host == 'localhost' else config.host)}:{port}/"
+        url += f"?token={token}" if token else ""
+        hub, session, name = _open(config)
+
+        def ready() -> None:
+            print(f"worldline plays {name}: {url}", flush=True)
+            if local:
+                machine = socket.gethostname()
+                print(f"from another machine: ssh -L {port}:127.0.0.1:{port} USER@{machine}, then the same address")
+            print(f"recordings go to {config.recordings}/ ; Ctrl-C ends", flush=True)
+            if config.open_browser:
+                webbrowser.open(url)
+
+        app = make_app(hub, session, local=local, token=token, ready=ready)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                ws="websockets-sansio",
+                ws_max_size=4 * MAX_UP_BYTES,
+                ws_per_message_deflate=False,
+                access_log=False,
+                log_level="warning",
+                server_header=False,
+                timeout_graceful_shutdown=2,
+            )
+        )
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:
+            print("ended", flush=True)
+    if session.failure is not None:
+        raise session.failure
+
+
+def make_app(
+    hub: Hub, session: Session, *, local: bool, token: str = "", ready: Callable[[], None] = lambda: None
+) -> Starlette:
+    """Return the application: the page, its files, recordings to download, and the WebSocket."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        hub.start(session)
+        ready()
+        yield
+        await hub.stop()
+
+    async def page(request: Request) -> Response:
+        return FileResponse(STATIC / "index.html")
+
+    async def recording(request: Request) -> Response:
+        try:
+            path = find_recording(session.recordings, request.path_params["name"])
+        except WorldlineError as error:
+            return PlainTextResponse(str(error), status_code=404)
+        return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+
+    async def play(websocket: WebSocket) -> None:
+        await websocket.accept()
+        if not _own_origin(websocket):
+            await websocket.close(POLICY, "open the page of this server; other origins are refused")
+            return
+        await hub.attend(websocket)
+
+    return Starlette(
+        routes=[
+            Route("/", page),
+            Route("/recordings/{name}", recording),
+            WebSocketRoute("/ws", play),
+            Mount("/static", StaticFiles(directory=STATIC)),
+        ],
+        middleware=[Middleware(Guard, local=local, token=token)],
+        lifespan=lifespan,
+    )
+
+
+class Guard:
+    """Lets through only who asked for this server by its name and, where there is a token, knows it.
+
+    A page of another site that points its own name at this address (DNS rebinding) still sends its own name.
+    """
+
+    def __init__(self, app: ASGIApp, local: bool, token: str) -> None:
+        self._app, self._local, self._token = app, local, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        connection = HTTPConnection(scope)
+        refusal = self._refusal(connection)
+        if refusal is None:
+            await self._app(scope, receive, _with_headers(send))
+        elif scope["type"] == "websocket":
+            websocket = WebSocket(scope, receive, send)
+            await websocket.accept()
+            await websocket.close(POLICY, refusal)
+        else:
+            await PlainTextResponse(f"{refusal}\n", status_code=403)(scope, receive, _with_headers(send))
+
+    def _refusal(self, connection: HTTPConnection) -> str | None:
+        if self._local and urlsplit(f"//{connection.headers.get('host', '')}").hostname not in _LOOPBACK_NAMES:
+            return "this server answers to localhost and 127.0.0.1 only"
+        needs_token = self._token and not connection.scope["path"].startswith("/static/")
+        if needs_token and not hmac.compare_digest(connection.query_params.get("token", ""), self._token):
+            return "the address needs ?token=..., as the server printed it"
+        return None
+
+
+def _open(config: PlayConfig) -> tuple[Hub, Session, str]:
+    """Load the world and put its session together."""
+    checkpoint = config.checkpoint
+    if not checkpoint:
+        names = shipped_worlds()
+        if not names:
+            raise WorldlineError("no world is shipped with this version; name a checkpoint: worldline play CHECKPOINT")
+        checkpoint = names[0]
+    workload = LatentWorkload.open(checkpoint)
+    spec = workload.world.spec
+    truth, why = find_true_world(spec, workload.starts)
+    name = (
+        f"{spec.name}-{Path(checkpoint).name}" if Path(checkpoint).name in ("best", "last") else Path(checkpoint).name
+    )
+    hello: dict[str, Any] = {
+        "t": "hello",
+        "world": spec.name,
+        "model": name,
+        "device": "cpu",
+        "dtype": "float32",
+        "fps": workload.fps,
+        "control": spec.control,
+        "can_anchor": True,
+        "horizon_seconds": _horizon(checkpoint),
+    }
+    hub = Hub(checkpoint, hello, {"available": truth is not None, "why": why})
+    session = Session(
+        workload,
+        truth=truth,
+        recordings=Path(config.recordings),
+        seed=config.seed,
+        fps=config.fps,
+        publish=hub.publish,
+        notify=hub.notify,
+    )
+    hello["stages"] = [{"name": stage, "title": _TITLES.get(stage, "")} for stage in session.stages]
+    hello["snapshot_every"] = session.engine.snapshot_every
+    return hub, session, name
+
+
+def _horizon(checkpoint: str) -> float | None:
+    """Return H* in seconds from a checkpoint's card, None where it has not been measured."""
+    seconds = read_card(checkpoint)["result"].get("h_star_seconds")
+    return float(seconds) if isinstance(seconds, int | float) else None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise WorldlineError(f"host {host!r} is not an address of this machine ({error.strerror})") from None
+    listener = socket.socket(address[0], address[1])
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        listener.bind(address[4])
+        listener.listen(64)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise WorldlineError(
+                f"port {port} is in use; choose another: port={port % 65535 + 1}, or port=0 for any"
+            ) from None
+        raise WorldlineError(
+            f"cannot listen on {host} port {port} ({error.strerror}); choose another port or host"
+        ) from None
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    if host in _LOOPBACK_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _for_url(host: str) -> str:
+    if host in ("0.0.0.0", "::"):
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
+
+
+def _own_origin(websocket: WebSocket) -> bool:
+    """Return whether a WebSocket comes from a page that this very server, by this name and port, has served."""
+    host = websocket.headers.get("host", "")
+    return websocket.headers.get("origin", "") in (f"http://{host}", f"https://{host}")
+
+
+def _with_headers(send: Send) -> Send:
+    async def with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            extra = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+            message["headers"] = [*message["headers"], *extra]
+        await send(message)
+
+    return with_headers

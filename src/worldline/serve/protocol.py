@@ -1,0 +1,354 @@
+"""What travels over the WebSocket: one binary message a frame down, small JSON messages up, JSON events down.
+
+A frame message is the header `_HEADER`, then one u32 a span (microseconds, in the order that `hello` announced), then
+the imagined picture (RGB rows), then the true world's picture where the flag says that one is there. All numbers are
+little-endian. `static/protocol.js` is the other half of this file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+VERSION = 1
+MAGIC = b"WL"
+MAX_UP_BYTES = 4096
+"""Longest message that a client may send."""
+
+KEYS = frozenset({"ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "KeyA", "KeyD", "KeyW", "KeyS"})
+MAX_FPS = 240.0
+_SEED_LIMIT = 2**31
+
+_HEADER = struct.Struct("<2sBBHQ16sdQIIIIHHHfffff")
+_DROPPED = struct.Struct("<I")
+_ECHO = struct.Struct("<d")
+_ECHO_OFFSET = struct.calcsize("<2sBBHQ16s")
+_DROPPED_OFFSET = struct.calcsize("<2sBBHQ16sdQII")
+
+
+class ProtocolError(Exception):
+    """A client sent something that is not this protocol; the text is the close reason, at most 120 characters."""
+
+
+class Flag(IntFlag):
+    """What is true of one frame."""
+
+    TRUTH = 1
+    """The true world's picture follows the imagined one."""
+    RECORDING = 2
+    REPLAYING = 4
+    MISSED = 8
+    """The frame was ready only after its deadline."""
+    OUTSIDE = 16
+    """The gauge has left its calibrated region."""
+    ANCHORED = 32
+    """This frame begins from a latent corrected with the true world's frame."""
+    FIRST = 64
+    """A reset: this frame begins from real frames, no action led to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameMessage:
+    """One frame as a client sees it. Times in microseconds unless the name says otherwise."""
+
+    flags: Flag
+    frame_id: int
+    chain: bytes
+    """First 16 bytes of the hash chain after this frame."""
+    input_time_ms: float
+    """The client's own time of the newest input edge applied so far, NaN before the first (and for onlookers)."""
+    input_frame: int
+    """Id of the frame that first applied that edge."""
+    busy_us: int
+    """Busy time of the frame before this one: a frame ends when it has been sent, so its own is not known yet."""
+    period_us: int
+    """From the start of the previous frame to the start of this one, the pacing sleep included."""
+    unattributed_us: int
+    """What no span of the frame before this one explains."""
+    dropped: int
+    """Pictures that this client was too slow to take."""
+    missed: int
+    """Deadlines missed since the last reset or change of pace."""
+    spans_us: tuple[int, ...]
+    """Leaf spans of the frame before this one; with `unattributed_us` they add up to its busy time."""
+    radius: float
+    """Gauge: distance from the latents seen in training, 1 = the edge of the calibrated region; NaN unknown."""
+    cycle: float
+    """Gauge: |E(D(z)) - z|, in units of its real 99% value; NaN unknown."""
+    error: float
+    """Root mean squared difference from the true picture, 0 to 1; NaN where the truth is not known."""
+    target: tuple[float, float]
+    """Where the action points, as a share of the picture's width and height; NaN where it has no place."""
+    picture: UInt8[np.ndarray, "h w 3"]
+    truth: UInt8[np.ndarray, "h2 w2 3"] | None = None
+
+
+def pack(frame: FrameMessage) -> bytearray:
+    """Return the bytes of `frame`."""
+    flags = (frame.flags | Flag.TRUTH) if frame.truth is not None else (frame.flags & ~Flag.TRUTH)
+    height, width = frame.picture.shape[:2]
+    truth_height, truth_width = frame.truth.shape[:2] if frame.truth is not None else (0, 0)
+    if truth_height != truth_width:
+        raise ValueError(f"expected a square true picture, got {truth_height} x {truth_width}")
+    header = _HEADER.pack(
+        MAGIC,
+        VERSION,
+        int(flags),
+        len(frame.spans_us),
+        frame.frame_id,
+        frame.chain[:16],
+        frame.input_time_ms,
+        frame.input_frame,
+        frame.busy_us,
+        frame.period_us,
+        frame.dropped,
+        frame.missed,
+        width,
+        height,
+        truth_width,
+        frame.radius,
+        frame.cycle,
+        frame.error,
+        *frame.target,
+    )
+    # The unattributed span travels last among the spans, so that they add up to the busy time on the page too.
+    spans = struct.pack(f"<{len(frame.spans_us) + 1}I", *frame.spans_us, frame.unattributed_us)
+    message = bytearray(header + spans)
+    message += np.ascontiguousarray(frame.picture).data.cast("B")
+    if frame.truth is not None:
+        message += np.ascontiguousarray(frame.truth).data.cast("B")
+    return message
+
+
+def for_client(message: bytearray, dropped: int, own_input: bool) -> bytes:
+    """Return a copy of a packed frame for one client.
+
+    It carries the client's own count of dropped pictures. The echoed input time is on the clock of the player's
+    browser, so an onlooker gets NaN.
+    """
+    copy = bytearray(message)
+    _DROPPED.pack_into(copy, _DROPPED_OFFSET, dropped)
+    if not own_input:
+        _ECHO.pack_into(copy, _ECHO_OFFSET, math.nan)
+    return bytes(copy)
+
+
+def unpack(data: bytes | bytearray) -> FrameMessage:
+    """Return the frame in `data`; the inverse of `pack`.
+
+    Raises:
+        ProtocolError: not a frame message of this version.
+    """
+    if len(data) < _HEADER.size:
+        raise ProtocolError(f"expected at least {_HEADER.size} bytes, got {len(data)}")
+    values = _HEADER.unpack_from(data)
+    magic, version, flags, num_spans = values[:4]
+    if magic != MAGIC or version != VERSION:
+        raise ProtocolError(f"expected a frame message of version {VERSION}, got {magic!r} version {version}")
+    frame_id, chain, input_time, input_frame, busy, period, dropped, missed = values[4:12]
+    width, height, truth_side, radius, cycle, error, target_x, target_y = values[12:]
+    spans = struct.unpack_from(f"<{num_spans + 1}I", data, _HEADER.size)
+    start = _HEADER.size + 4 * (num_spans + 1)
+    sizes = (3 * width * height, 3 * truth_side**2)
+    if len(data) != start + sum(sizes):
+        raise ProtocolError(f"expected {start + sum(sizes)} bytes, got {len(data)}")
+    pixels = np.frombuffer(data, np.uint8)[start:]
+    return FrameMessage(
+        flags=Flag(flags),
+        frame_id=frame_id,
+        chain=chain,
+        input_time_ms=input_time,
+        input_frame=input_frame,
+        busy_us=busy,
+        period_us=period,
+        unattributed_us=spans[-1],
+        dropped=dropped,
+        missed=missed,
+        spans_us=spans[:-1],
+        radius=radius,
+        cycle=cycle,
+        error=error,
+        target=(target_x, target_y),
+        picture=pixels[: sizes[0]].reshape(height, width, 3),
+        truth=pixels[sizes[0] :].reshape(truth_side, truth_side, 3) if flags & Flag.TRUTH else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """A key went down or up at `time_ms` of the client's clock."""
+
+    code: str
+    down: bool
+    time_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pointer:
+    """The pointer pressed, moved or let go on the picture; `x` and `y` are shares of its width and height."""
+
+    x: float
+    y: float
+    down: bool
+    time_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blur:
+    """The page lost the focus: every key and the pointer count as let go."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reset:
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    fps: float | None
+    """Frames per second; None = the world's real time, 0 = as fast as it goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    on: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    on: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchor:
+    """Correct the imagined state with the true world's frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visible:
+    """The page's tab is shown or hidden."""
+
+    on: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Open:
+    """Play a recording of the recordings folder."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Replay a recording in another process and compare; "" means the newest."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Live:
+    """Leave a replay and play on, from a reset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListRecordings:
+    """Ask which recordings there are."""
+
+
+Edge = Key | Pointer | Blur
+Message = Edge | Reset | Pace | Record | Truth | Anchor | Visible | Open | Verify | Live | ListRecordings
+
+
+def parse(text: str) -> Message:
+    """Return the message in `text`.
+
+    Raises:
+        ProtocolError: not JSON, an unknown kind, or a field that is missing, of the wrong type or out of range.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ProtocolError("expected a JSON object") from None
+    if not isinstance(data, dict):
+        raise ProtocolError("expected a JSON object")
+    fields = _Fields(data)
+    kind = data.get("t")
+    message: Message
+    if kind == "key":
+        message = Key(code=fields.key("code"), down=fields.boolean("down"), time_ms=fields.number("time", 0, 1e15))
+    elif kind == "pointer":
+        message = Pointer(
+            x=fields.number("x", 0, 1),
+            y=fields.number("y", 0, 1),
+            down=fields.boolean("down"),
+            time_ms=fields.number("time", 0, 1e15),
+        )
+    elif kind == "blur":
+        message = Blur()
+    elif kind == "reset":
+        message = Reset(seed=fields.integer("seed", _SEED_LIMIT))
+    elif kind == "pace":
+        message = Pace(fps=None if data.get("fps") is None else fields.number("fps", 0, MAX_FPS))
+    elif kind == "record":
+        message = Record(on=fields.boolean("on"))
+    elif kind == "truth":
+        message = Truth(on=fields.boolean("on"))
+    elif kind == "anchor":
+        message = Anchor()
+    elif kind == "visible":
+        message = Visible(on=fields.boolean("on"))
+    elif kind == "open":
+        message = Open(name=fields.name("name"))
+    elif kind == "verify":
+        message = Verify(name=fields.name("name"))
+    elif kind == "live":
+        message = Live()
+    elif kind == "list":
+        message = ListRecordings()
+    else:
+        raise ProtocolError(f"unknown message {str(kind)[:40]!r}")
+    return message
+
+
+class _Fields:
+    """Reads typed fields, so that nothing of the wrong type gets past `parse`."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self._data = data
+
+    def boolean(self, name: str) -> bool:
+        value = self._data.get(name)
+        if not isinstance(value, bool):
+            raise ProtocolError(f"{name}: expected true or false")
+        return value
+
+    def number(self, name: str, low: float, high: float) -> float:
+        value = self._data.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ProtocolError(f"{name}: expected a number from {low:g} to {high:g}")
+        return float(value)
+
+    def integer(self, name: str, limit: int) -> int:
+        value = self._data.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
+            raise ProtocolError(f"{name}: expected a whole number from 0 to {limit - 1}")
+        return value
+
+    def name(self, name: str) -> str:
+        value = self._data.get(name)
+        if not isinstance(value, str) or len(value) > 120:
+            raise ProtocolError(f"{name}: expected at most 120 characters")
+        return value
+
+    def key(self, name: str) -> str:
+        value = self._data.get(name)
+        if not isinstance(value, str) or value not in KEYS:
+            raise ProtocolError(f"{name}: expected one of the arrow keys or W, A, S, D")
+        return value

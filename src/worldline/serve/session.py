@@ -1,0 +1,402 @@
+"""A person's session: edges in, actions to the engine, frames out, at a steady pace, in a thread of its own."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from worldline.core.errors import WorldlineError
+from worldline.engine.pace import Pace
+from worldline.engine.recording import PICTURES, Kind, Record, Recording
+from worldline.engine.runtime import Engine, Frame
+from worldline.engine.workloads.latent import LatentWorkload
+from worldline.serve import protocol
+from worldline.serve.hands import Hands
+from worldline.serve.protocol import Flag
+from worldline.serve.truth import TrueWorld, picture_error
+
+SUFFIX = ".wlr"
+OUTER_STAGES = ("truth", "encode", "send")
+MAX_WAITING = 1024
+"""Commands that may wait for the next frame; the oldest are dropped beyond that."""
+
+
+class Pause(NamedTuple):
+    """Nobody is looking."""
+
+    on: bool
+
+
+class Play(NamedTuple):
+    """A recording to play, checked already."""
+
+    recording: Recording
+
+
+Wish = (
+    protocol.Reset | protocol.Pace | protocol.Record | protocol.Truth | protocol.Anchor | protocol.Live | Pause | Play
+)
+Command = protocol.Edge | Wish
+
+
+class Session:
+    """One world, played by one person, seen by any number.
+
+    Args:
+        publish: receives every packed frame, in the session's thread; it must not block.
+        notify: receives events for the pages (JSON objects), in the session's thread; it must not block.
+    """
+
+    def __init__(
+        self,
+        workload: LatentWorkload,
+        *,
+        truth: TrueWorld | None,
+        recordings: Path,
+        seed: int = 0,
+        fps: float | None = None,
+        publish: Callable[[bytearray], None],
+        notify: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.engine = Engine(workload, outer_stages=OUTER_STAGES)
+        self.recordings = recordings
+        self.failure: BaseException | None = None
+        """What ended the thread, if it did not end in order."""
+        self._workload, self._spec = workload, workload.world.spec
+        self._playing = self.engine
+        self._truth = truth
+        self._truth_on = truth is not None
+        self._true_picture: UInt8[np.ndarray, "h w 3"] | None = None
+        self._seed, self._fps = seed, workload.fps if fps is None else fps
+        self._publish, self._notify = publish, notify
+        self._hands = Hands(self._spec)
+        self._edge_ms, self._edge_frame = math.nan, 0
+        self._commands: deque[Command] = deque(maxlen=MAX_WAITING)
+        self._wake = threading.Event()
+        self._stopping = False
+        self._paused = True
+        self._replay: Iterator[Record] | None = None
+        self._replay_name, self._last = "", newest_recording(recordings)
+        self._record_first: int | None = None
+        self._pace: Pace | None = None
+        self._began_ns = self._missed = 0
+        self._thread = threading.Thread(target=self._main, name="session", daemon=True)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the spans that every frame message carries, in order."""
+        return self.engine.ledger.stages
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; a recording is closed in order."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+
+    def post(self, command: Command) -> None:
+        """Hand over a command; it acts at the beginning of the next frame."""
+        self._commands.append(command)
+        self._wake.set()
+
+    def status(self) -> dict[str, Any]:
+        """Return what the session is doing, for the pages."""
+        recording = self.engine.recording
+        return {
+            "t": "status",
+            "state": "paused" if self._paused else "replaying" if self._replay else "live",
+            "fps": self._fps,
+            "seed": self._seed,
+            "truth_on": self._truth_on,
+            "recording": None if recording is None else {"name": recording.name, "first": self._record_first},
+            "replay": self._replay_name or None,
+            "last": self._last,
+        }
+
+    def _main(self) -> None:
+        try:
+            self._set_pace(self._fps)
+            self._reset(self._seed)
+            while not self._stopping:
+                if self._paused:
+                    self._wake.wait()
+                    self._wake.clear()
+                    self._obey()
+                    if not self._paused and self._pace:
+                        self._pace.restart()
+                else:
+                    self._frame()
+        except BaseException as error:
+            self.failure = error
+            self._notify({"t": "failed", "text": f"the session ended: {error!r}"})
+            raise
+        finally:
+            self.engine.close()
+
+    def _frame(self) -> None:
+        """Wait for the next slot and play one frame."""
+        deadline = self._pace.wait().deadline_ns if self._pace else 0
+        begun = time.perf_counter_ns()
+        if self._obey() or self._paused:
+            return  # a reset or an anchor was this slot's frame
+        try:
+            if self._replay is not None:
+                self._replay_one(self._replay)
+                return
+            action = self._hands.action()
+            frame = self._playing.step(action, begun_ns=begun, deadline_ns=deadline)
+            self._show(frame, begun, Flag(0), lambda truth: truth.step(action))
+        except WorldlineError as error:
+            self._tell(str(error))
+
+    def _obey(self) -> bool:
+        """Do what was asked since the last frame; return whether that made a frame."""
+        made = False
+        while self._commands and not made:
+            command = self._commands.popleft()
+            if isinstance(command, protocol.Edge):
+                self._hands.apply(command)
+                continue
+            try:
+                made = self._arrange(command)
+            except WorldlineError as error:
+                self._tell(str(error))
+            self._notify(self.status())
+        return made
+
+    def _arrange(self, command: Wish) -> bool:
+        """Fulfil a wish; return whether that made a frame."""
+        if isinstance(command, protocol.Reset):
+            self._leave_replay()
+            return self._reset(command.seed)
+        if isinstance(command, protocol.Live) and self._replay is not None:
+            self._leave_replay()
+            return self._reset(self._seed)
+        if isinstance(command, protocol.Anchor):
+            return self._anchor()
+        if isinstance(command, protocol.Truth):
+            return self._set_truth(command.on)
+        if isinstance(command, Pause):
+            self._paused = command.on
+            if command.on:
+                self._hands.let_go()
+        elif isinstance(command, protocol.Pace):
+            self._set_pace(self._workload.fps if command.fps is None else command.fps)
+        elif isinstance(command, protocol.Record):
+            self._record(command.on)
+        elif isinstance(command, Play):
+            self._open(command.recording)
+        return False
+
+    def _set_truth(self, on: bool) -> bool:
+        if self._truth is None or on == self._truth_on:
+            return False
+        self._truth_on, self._true_picture = on, None
+        # The simulator can only join at a start that it knows.
+        return self._reset(self._seed) if on and self._replay is None else False
+
+    def _set_pace(self, fps: float) -> None:
+        if fps and not 1 <= fps <= protocol.MAX_FPS:
+            raise WorldlineError(
+                f"the pace is 1 to {protocol.MAX_FPS:g} frames a second, or 0 for no limit, got {fps:g}"
+            )
+        self._fps, self._pace, self._missed = fps, Pace(fps) if fps else None, 0
+
+    def _reset(self, seed: int) -> bool:
+        begun = time.perf_counter_ns()
+        self._seed, self._missed = seed, 0
+        frame = self._playing.reset(seed)
+        self._hands.begin(self._first_action(seed))
+        self._show(frame, begun, Flag.FIRST, lambda truth: truth.begin(seed))
+        if self._pace:
+            self._pace.restart()  # leading the simulator to its start takes longer than a slot
+        return True
+
+    def _first_action(self, seed: int) -> Float32[np.ndarray, " a"] | None:
+        """Return the action that led to the start's last frame, so that a target does not jump."""
+        starts = self._workload.starts
+        index = seed % len(starts)
+        if starts.actions.shape[1]:
+            return np.array(starts.actions[index, -1])
+        length = int(starts.prefix_lengths[index])
+        return np.array(starts.prefix[index, length - 1]) if length else None
+
+    def _anchor(self) -> bool:
+        if self._true_picture is None or self._replay is not None:
+            self._tell("Re-anchoring needs the true world beside the imagined one.")
+            return False
+        begun = time.perf_counter_ns()
+        frame = self._playing.anchor(self._true_picture)
+        self._show(frame, begun, Flag.ANCHORED, None)
+        return True
+
+    def _record(self, on: bool) -> None:
+        if on and self.engine.recording is None and self._replay is None:
+            self.engine.start_recording(new_recording(self.recordings, self._spec.name))
+            self._record_first = self.engine.id
+        elif not on and (path := self.engine.recording) is not None:
+            frames = self.engine.stop_recording()
+            self._last, self._record_first = path.name, None
+            self._notify({"t": "saved", "name": path.name, "frames": frames})
+
+    def _open(self, recording: Recording) -> None:
+        self._record(False)
+        self._playing = Engine(self._workload, outer_stages=OUTER_STAGES)
+        if self._playing.layout != recording.header.layout:
+            self._playing = self.engine
+            self._tell(f"{recording.path.name} was recorded with another kind of world; open it with that checkpoint.")
+            return
+        self._true_picture = None
+        self._replay, self._replay_name = recording.records(), recording.path.name
+
+    def _leave_replay(self) -> None:
+        self._replay, self._replay_name = None, ""
+        self._playing, self._true_picture = self.engine, None
+
+    def _replay_one(self, records: Iterator[Record]) -> None:
+        """Play the next frame of the recording; after the last one, live again."""
+        begun = time.perf_counter_ns()
+        for record in records:
+            if record.kind is Kind.SNAPSHOT and self._playing.id < 0:
+                self._playing.restore(record.id, record.chain, record.body)
+            elif record.kind in PICTURES:
+                self._replay_record(record, begun)
+                return
+        self._tell(f"{self._replay_name}: played to its end. Live again.")
+        self._leave_replay()
+        self._reset(self._seed)
+        self._notify(self.status())
+
+    def _replay_record(self, record: Record, begun: int) -> None:
+        follow: Callable[[TrueWorld], UInt8[np.ndarray, "h w 3"]] | None = None
+        flags = Flag(0)
+        if record.kind is Kind.RESET:
+            frame = self._playing.reset(record.seed, record.prompt)
+            flags, follow = Flag.FIRST, lambda truth: truth.begin(record.seed)
+        elif record.kind is Kind.ANCHOR:
+            picture = np.frombuffer(record.body, dtype=np.uint8).reshape(self._playing.layout.frame_shape)
+            frame, flags = self._playing.anchor(picture), Flag.ANCHORED
+        else:
+            action = np.frombuffer(record.body, dtype="<f4")
+            frame = self._playing.step(action, begun_ns=begun)
+            self._hands.begin(action)
+            if self._true_picture is not None:
+                follow = lambda truth: truth.step(action)  # noqa: E731
+        if frame.chain != record.chain:
+            name, number = self._replay_name, record.id
+            self._leave_replay()
+            self._reset(self._seed)
+            self._notify({"t": "verified", "equal": False, "text": f"{name} differs at frame {number}"})
+            self._notify(self.status())
+            return
+        self._show(frame, begun, flags, follow)
+
+    def _show(
+        self,
+        frame: Frame,
+        begun: int,
+        flags: Flag,
+        follow: Callable[[TrueWorld], UInt8[np.ndarray, "h w 3"]] | None,
+    ) -> None:
+        """Let the true world follow, then pack and publish the frame; each is a span of its own."""
+        ledger, clock = self._playing.ledger, time.perf_counter_ns
+        started = clock()
+        if self._truth is not None and self._truth_on and follow is not None:
+            self._true_picture = follow(self._truth)
+        error = math.nan if self._true_picture is None else picture_error(frame.picture, self._true_picture)
+        ledger.extend(frame.id, "truth", started, stopped := clock())
+        message = protocol.pack(self._message(frame, begun, flags, error))
+        ledger.extend(frame.id, "encode", stopped, packed := clock())
+        self._publish(message)
+        ledger.extend(frame.id, "send", packed, clock())
+
+    def _message(self, frame: Frame, begun: int, flags: Flag, error: float) -> protocol.FrameMessage:
+        if not math.isnan(edge := self._hands.edge_ms) and edge != self._edge_ms:
+            self._edge_ms, self._edge_frame = edge, frame.id
+        before = self._playing.ledger.row(frame.id - 1)
+        if before is not None and 0 < before.deadline_ns < before.end_ns:
+            flags |= Flag.MISSED
+            self._missed += 1
+        if self.engine.recording is not None:
+            flags |= Flag.RECORDING
+        if self._replay is not None:
+            flags |= Flag.REPLAYING
+        region = frame.gauge.get("region", math.nan)
+        if region > 1.0:
+            flags |= Flag.OUTSIDE
+        period, self._began_ns = begun - self._began_ns if self._began_ns else 0, begun
+        return protocol.FrameMessage(
+            flags=flags,
+            frame_id=frame.id,
+            chain=frame.chain,
+            input_time_ms=self._edge_ms,
+            input_frame=self._edge_frame,
+            busy_us=0 if before is None else before.busy_ns // 1000,
+            period_us=min(period // 1000, 2**32 - 1),
+            unattributed_us=0 if before is None else max(0, before.unattributed_ns) // 1000,
+            dropped=0,
+            missed=self._missed,
+            spans_us=tuple(0 if before is None else before.spans[name] // 1000 for name in self.stages),
+            radius=region,
+            cycle=frame.gauge.get("cycle", math.nan),
+            error=error,
+            target=self._hands.place(),
+            picture=frame.picture,
+            truth=self._true_picture,
+        )
+
+    def _tell(self, text: str) -> None:
+        self._notify({"t": "note", "text": text})
+
+
+def new_recording(directory: Path, world: str) -> Path:
+    """Return a name in `directory` that no file has."""
+    stem = f"{world}-{datetime.now():%Y%m%d-%H%M%S}"
+    path, count = directory / f"{stem}{SUFFIX}", 1
+    while path.exists():
+        count += 1
+        path = directory / f"{stem}-{count}{SUFFIX}"
+    return path
+
+
+def list_recordings(directory: Path) -> list[dict[str, Any]]:
+    """Return name, bytes and time of every recording, newest first."""
+    found = sorted(directory.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [
+        {
+            "name": path.name,
+            "bytes": path.stat().st_size,
+            "time": f"{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M:%S}",
+        }
+        for path in found
+    ]
+
+
+def newest_recording(directory: Path) -> str | None:
+    """Return the name of the newest recording, or None without one."""
+    found = list_recordings(directory)
+    return found[0]["name"] if found else None
+
+
+def find_recording(directory: Path, name: str) -> Path:
+    """Return the recording called `name`, a plain file name of `directory`.
+
+    Raises:
+        WorldlineError: there is no such recording.
+    """
+    path = directory / name
+    if Path(name).name != name or path.suffix != SUFFIX or not path.is_file():
+        raise WorldlineError(f"no recording called {name!r}; Open lists those that there are")
+    return path
