@@ -11,6 +11,7 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,6 +30,9 @@ from worldline.data.lerobot import SIDECAR
 from worldline.data.lerobot_writer import DatasetWriter
 from worldline.data.simulators import Simulator, make_simulator
 from worldline.data.video import Segment, encode_segment, frame_rate
+
+_PATIENCE_SECONDS = 10.0
+"""How long to wait for the orphaned workers of a killed run to finish their episodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +66,13 @@ def collect(config: CollectConfig) -> Path:
         WorldlineError: the path holds something else, another run is at work on it, or a worker died.
     """
     path = Path(config.path)
-    if path.exists():
-        _require_same(path, config)
+    staging = path.with_name(path.name + ".partial")
+    if _complete(path, staging, config):
         return path
     spec = make_simulator(config.env).spec
-    staging = path.with_name(path.name + ".partial")
-    with _locked(staging, path):
+    with _locked(staging, path) as lock:
+        if _complete(path, staging, config):  # by another run, while this one waited
+            return path
         plan = staging / "config.json"
         if plan.exists():
             _compare(staging, read_json(plan), config)
@@ -80,7 +85,7 @@ def collect(config: CollectConfig) -> Path:
                 if config.workers == 1 or len(missing) == 1:
                     _collect_here(config, staging, missing, task)
                 else:
-                    _collect_with_processes(config, staging, missing, task)
+                    _collect_with_processes(config, staging, missing, task, lock)
         split_key = f"{config.env}/{config.seed}"
         with DatasetWriter(path, spec, split_key=split_key, collect=config.identity()) as writer:
             for episode in range(config.episodes):
@@ -153,10 +158,11 @@ def _collect_here(config: CollectConfig, staging: Path, missing: list[int], task
         task.advance()
 
 
-def _collect_with_processes(config: CollectConfig, staging: Path, missing: list[int], task: Task) -> None:
+def _collect_with_processes(config: CollectConfig, staging: Path, missing: list[int], task: Task, lock: int) -> None:
     """Hand out episodes one by one; a worker ends when this process closes its pipe, or dies.
 
-    Workers are fresh interpreters that import this module alone, so that a caller's script needs no main guard.
+    Workers are fresh interpreters that import this module alone, so that a caller's script needs no main guard. They
+    hold the lock too: after a kill, nobody starts anew before the last of them has put down its episode.
     """
     waiting = iter(missing)
     pipes: list[Connection] = []
@@ -167,11 +173,10 @@ def _collect_with_processes(config: CollectConfig, staging: Path, missing: list[
             with theirs:
                 command = f"from worldline.data.collect import work; work({theirs.fileno()})"
                 # a session of its own: Ctrl-C reaches this process only, which then closes the pipes
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-c", command], pass_fds=[theirs.fileno()], start_new_session=True
-                    )
+                process = subprocess.Popen(
+                    [sys.executable, "-c", command], pass_fds=[theirs.fileno(), lock], start_new_session=True
                 )
+                processes.append(process)
             pipes.append(ours)
             ours.send((config, staging))
             ours.send(next(waiting))
@@ -219,23 +224,35 @@ def work(descriptor: int) -> None:
 
 
 @contextmanager
-def _locked(staging: Path, path: Path) -> Iterator[None]:
-    """Hold the staging folder for this process; the lock goes with the process, however it ends."""
+def _locked(staging: Path, path: Path) -> Iterator[int]:
+    """Hold the staging folder and yield the lock's descriptor; it is free when all processes with it have ended."""
     staging.mkdir(parents=True, exist_ok=True)
     with open(staging / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WorldlineError(
-                f"{path}: another collect is at work on it; wait for it or choose another path"
-            ) from None
-        yield
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while not _try_lock(file.fileno()):
+            if time.monotonic() > deadline:
+                raise WorldlineError(f"{path}: another collect is at work on it; wait for it or choose another path")
+            time.sleep(0.05)
+        yield file.fileno()
 
 
-def _require_same(path: Path, config: CollectConfig) -> None:
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _complete(path: Path, staging: Path, config: CollectConfig) -> bool:
+    """Say whether the dataset is there; if so, and it is the one asked for, clear away what staged it."""
+    if not path.exists():
+        return False
     if not (path / SIDECAR).exists():
         raise WorldlineError(f"{path}: exists and was not made by `worldline collect`; choose another path")
     _compare(path, read_json(path / SIDECAR)["collect"] or {}, config)
+    shutil.rmtree(staging, ignore_errors=True)
+    return True
 
 
 def _compare(path: Path, there: dict[str, Any], config: CollectConfig) -> None:
