@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from worldline.core.errors import WorldlineError
-from worldline.core.files import fsync_directory, read_json, sha256_file, write_json
+from worldline.core.files import fsync_directory, read_json, sha256_file, write_bytes, write_json
 from worldline.core.types import WorldSpec
 from worldline.model.world import World, WorldConfig
 
@@ -66,9 +66,7 @@ def write_world(
     if half:
         tensors = {n: t.half() if t.dtype == torch.float32 and not _exact(n) else t for n, t in tensors.items()}
     weights = directory / WEIGHTS
-    save_file(tensors, weights)
-    with open(weights, "rb") as file:
-        os.fsync(file.fileno())
+    write_bytes(weights, save(tensors))
     card = {
         "format": FORMAT,
         "version": VERSION,

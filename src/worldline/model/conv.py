@@ -34,7 +34,8 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         grid = self.head(self.blocks(self.stem(x)))  # (b, c, g, g)
-        return self.linear(grid.flatten(1))
+        z: Tensor = self.linear(grid.flatten(1))
+        return z
 
 
 def _separable(channels_in: int, channels_out: int, *, stride: int) -> nn.Sequential:

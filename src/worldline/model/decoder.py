@@ -24,7 +24,7 @@ class ConvDecoder(nn.Module):
         self.to_pixels = nn.Conv2d(width, 3 * 4, 3, padding=1)
 
     def forward(self, z: Float[Tensor, "b d"]) -> Float[Tensor, "b 3 h w"]:
-        x = F.relu(self.linear(z)).unflatten(1, (self._grid, self._grid, -1)).permute(0, 3, 1, 2)  # channels last
+        x = F.relu(self.linear(z)).reshape(len(z), self._grid, self._grid, -1).permute(0, 3, 1, 2)  # channels last
         for conv in self.convs:
             x = F.relu(conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
         return F.pixel_shuffle(self.to_pixels(x), 2).sigmoid()

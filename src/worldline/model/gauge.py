@@ -56,11 +56,14 @@ class Gauge(nn.Module):
         values = values.clamp(min=_FLOOR * float(values.max()) + 1e-12)
         self.whitening.copy_(vectors * values.rsqrt())
         self.radius99.copy_(_quantile(self.radius(z)))
-        self.cycle99.copy_(_quantile(torch.cat([self.cycle_distance(world, part) for part in z[:2000].split(250)])))
+        self.cycle99.copy_(
+            _quantile(torch.cat([self.cycle_distance(world, part) for part in torch.split(z[:2000], 250)]))
+        )
 
     def radius(self, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
         """Return the Mahalanobis distance from the mean of real latents."""
-        return ((z - self.mean) @ self.whitening).norm(dim=-1)
+        radius: Tensor = torch.linalg.vector_norm((z - self.mean) @ self.whitening, dim=-1)
+        return radius
 
     def region(self, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
         """Return the radius over the real 99% radius: at most 1 is inside."""
@@ -68,7 +71,9 @@ class Gauge(nn.Module):
 
     def cycle_distance(self, world: World, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
         """Return |E(D(z)) - z| in whitened units: what is lost by drawing a latent and looking at it again."""
-        return ((world.encode(world.decode(z)) - z) @ self.whitening).norm(dim=-1)
+        offset = world.encode(world.decode(z)) - z
+        distance: Tensor = torch.linalg.vector_norm(offset @ self.whitening, dim=-1)
+        return distance
 
     def cycle(self, world: World, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
         """Return the cycle distance over its 99% quantile on real frames."""

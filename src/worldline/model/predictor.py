@@ -62,7 +62,8 @@ class GRUPredictor(nn.Module):
         for x_t in x.unbind(1):
             h = self.cell(x_t, h)
             hs.append(h)
-        return z + self.out(torch.cat((torch.stack(hs, dim=1), x), dim=-1))
+        change: Tensor = self.out(torch.cat((torch.stack(hs, dim=1), x), dim=-1))
+        return z + change
 
 
 class TransformerPredictor(nn.Module):
@@ -107,7 +108,7 @@ class TransformerPredictor(nn.Module):
         zs = z[:, 1:].unfold(1, k, 1).transpose(2, 3).flatten(0, 1)  # (b (t-k), k, d)
         acts = actions[:, 1:].unfold(1, k, 1).transpose(2, 3).flatten(0, 1)
         tail = self._predict(zs, acts, torch.ones(len(zs), k, dtype=torch.bool, device=z.device))[:, -1]
-        return torch.cat((head, tail.unflatten(0, (b, t - k))), dim=1)
+        return torch.cat((head, tail.reshape(b, t - k, -1)), dim=1)
 
     def _predict(
         self, z: Float[Tensor, "b n d"], actions: Float[Tensor, "b n a"], valid: Bool[Tensor, "b n"]
@@ -120,7 +121,8 @@ class TransformerPredictor(nn.Module):
         x, condition = self.embed(z), self.embed_action(actions)
         for block in self.blocks:
             x = block(x, condition, mask)
-        return z + self.out(self.norm(x))
+        change: Tensor = self.out(self.norm(x))
+        return z + change
 
 
 def _start_still(layer: nn.Module) -> None:

@@ -25,7 +25,8 @@ class Attention(nn.Module):
         if self._rotary:
             q, k = _rotate(q), _rotate(k)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(y.transpose(1, 2).flatten(2))
+        mixed: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return mixed
 
 
 class Block(nn.Module):
@@ -39,7 +40,8 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b n e"]:
         x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
 
 
 class ConditionedBlock(nn.Module):
@@ -63,7 +65,8 @@ class ConditionedBlock(nn.Module):
     ) -> Float[Tensor, "b n e"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, dim=-1)
         x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, mask)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        x = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return x
 
 
 def _mlp(width: int) -> nn.Sequential:

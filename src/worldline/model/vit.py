@@ -24,4 +24,5 @@ class ViTEncoder(nn.Module):
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         patches = self.patches(x).flatten(2).transpose(1, 2)  # (b, n, e)
         tokens = torch.cat((self.token.expand(len(x), -1, -1), patches), dim=1) + self.position
-        return self.linear(self.norm(self.blocks(tokens)[:, 0]))
+        z: Tensor = self.linear(self.norm(self.blocks(tokens)[:, 0]))
+        return z

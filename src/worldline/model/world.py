@@ -18,7 +18,7 @@ from worldline.core.types import WorldSpec
 from worldline.model.conv import ConvEncoder
 from worldline.model.decoder import ConvDecoder
 from worldline.model.gauge import Gauge
-from worldline.model.predictor import GRUPredictor, Predictor, TransformerPredictor
+from worldline.model.predictor import GRUPredictor, TransformerPredictor
 from worldline.model.vit import ViTEncoder
 
 
@@ -97,7 +97,7 @@ class World(nn.Module):
         self.config, self.spec = config, spec
         self.encoder = _make_encoder(config)
         self.latent_norm = nn.BatchNorm1d(config.latent_dim, affine=False) if config.latent_norm else nn.Identity()
-        self.predictor: Predictor = _make_predictor(config, spec.action_dim)
+        self.predictor = _make_predictor(config, spec.action_dim)
         self.decoder = ConvDecoder(
             image_size=config.image_size, latent_dim=config.latent_dim, width=config.decoder_width
         )
@@ -119,11 +119,9 @@ class World(nn.Module):
                 f"this world sees uint8 pictures of shape (..., {size}, {size}, 3), "
                 f"got {str(frames.dtype).removeprefix('torch.')} {tuple(frames.shape)}; resize them first"
             )
-        x = frames.reshape(-1, size, size, 3).permute(
-            0, 3, 1, 2
-        )  # channels last in memory, as the convolutions like it
-        z = self.latent_norm(self.encoder(x.float() / 127.5 - 1.0))
-        return z.reshape(*frames.shape[:-3], -1)
+        x = frames.reshape(-1, size, size, 3).permute(0, 3, 1, 2)  # channels last in memory, which convolutions like
+        z: Tensor = self.latent_norm(self.encoder(x.float() / 127.5 - 1.0))
+        return z.reshape(*frames.shape[:-3], self.config.latent_dim)
 
     def begin(self, z: Float[Tensor, "b c d"], actions: Float[Tensor, "b cm1 a"]) -> State:
         """Return the state after `c` real latents and the c - 1 actions between them; any c from 1 works."""
@@ -138,7 +136,7 @@ class World(nn.Module):
 
     def step(self, state: State, action: Float[Tensor, "b a"]) -> State:
         """Imagine one step: the new state's `z` is the predicted latent."""
-        return State(*self.predictor.advance(state.z, self._normalise(action), state.memory))
+        return State(*self.predictor.advance(state.z, self.normalise_actions(action), state.memory))
 
     def observe(self, state: State, z: Float[Tensor, "b d"]) -> State:
         """Put a real latent in the place of the predicted one; the memory of the past stays."""
@@ -154,7 +152,7 @@ class World(nn.Module):
 
     def teacher_forced(self, z: Float[Tensor, "b t d"], actions: Float[Tensor, "b t a"]) -> Float[Tensor, "b t d"]:
         """Predict each latent's successor from the true latents so far: row i predicts z[:, i + 1]."""
-        return self.predictor.teacher_forced(z, self._normalise(actions))
+        return self.predictor.teacher_forced(z, self.normalise_actions(actions))
 
     def decode(self, z: Float[Tensor, "*b d"]) -> UInt8[Tensor, "*b h w 3"]:
         """Draw latents as pictures."""
@@ -162,7 +160,7 @@ class World(nn.Module):
 
     def decode_float(self, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h w 3"]:
         """Draw latents as pictures in [0, 1], differentiably."""
-        pictures = self.decoder(z.reshape(-1, z.shape[-1])).permute(0, 2, 3, 1)
+        pictures: Tensor = self.decoder(z.reshape(-1, self.config.latent_dim)).permute(0, 2, 3, 1)
         return pictures.reshape(*z.shape[:-1], *pictures.shape[1:])
 
     def set_action_statistics(self, mean: Float[Tensor, " a"], std: Float[Tensor, " a"]) -> None:
@@ -170,7 +168,8 @@ class World(nn.Module):
         self.action_mean.copy_(mean)
         self.action_std.copy_(torch.where(std > 1e-6, std, 1.0))
 
-    def _normalise(self, actions: Float[Tensor, "*b a"]) -> Float[Tensor, "*b a"]:
+    def normalise_actions(self, actions: Float[Tensor, "*b a"]) -> Float[Tensor, "*b a"]:
+        """Return actions as the predictor sees them: centred and scaled by the training data's statistics."""
         return (actions - self.action_mean) / self.action_std
 
 

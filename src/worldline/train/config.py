@@ -1,0 +1,167 @@
+"""What a training run is made of: two stages, each with its own steps, batch, losses and learning rates."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from worldline.core.errors import WorldlineError
+from worldline.model.world import WorldConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of training. A weight of 0 switches a term off, and its cost with it."""
+
+    steps: int
+    """Updates; 0 skips the stage."""
+    batch: int
+    """Windows an update."""
+    rollout: int
+    """Steps that a window is rolled out beyond the context."""
+    rollout_start: int = 0
+    """Rolled-out steps at the first update, growing evenly to `rollout`; 0 means `rollout` from the start."""
+    rollout_ramp: float = 0.5
+    """Share of the stage's updates after which the full rollout is reached."""
+    target_stride: int = 1
+    """Encode only every so many-th frame of a rollout as a target (the joint stage only, where encoding costs most)."""
+
+    one_step: float = 0.0
+    """Weight of the teacher-forced one-step latent error."""
+    own_rollout: float = 1.0
+    """Weight of the latent error along the model's own rollout."""
+    sigreg: float = 0.0
+    """Weight of SIGReg, which holds latents near N(0, I)."""
+    sigreg_per_step: bool = False
+    """Sketch every time step of the batch by itself, as the source does, instead of all frames together."""
+    grounding: float = 0.0
+    """Weight of the pixel error of decoded real latents."""
+    rollout_pixels: float = 0.0
+    """Weight of the pixel error of decoded rolled-out latents."""
+    inverse_dynamics: float = 0.0
+    """Weight of telling the action from two latents in a row."""
+
+    prediction_share: float = 0.03
+    """Share of the prediction terms' gradient that reaches the encoder: 0 is none, 1 is all."""
+    pixel_frames: int = 128
+    """Frames an update that the pixel terms decode, drawn from the batch."""
+    foreground: float = 0.0
+    """Extra weight of a pixel that is as far from the dataset's background as black from white."""
+    projections: int = 256
+    """Random directions of SIGReg."""
+
+    lr_encoder: float = 1e-3
+    lr_predictor: float = 1e-3
+    lr_decoder: float = 1e-3
+    warmup: int = 100
+    """Updates over which learning rates rise from 0; then they fall along a cosine to `lr_end` of their height."""
+    lr_end: float = 0.01
+    weight_decay: float = 1e-3
+    clip: float = 1.0
+    """Largest norm of the whole gradient."""
+    ema: float = 0.0
+    """Decay of an averaged copy of the weights, which is then what is validated and kept; 0 is none."""
+    bfloat16: bool = False
+    """Compute in bfloat16 where autocast deems it safe."""
+
+    def __post_init__(self) -> None:
+        low = {
+            "steps": 0,
+            "batch": 1,
+            "rollout": 1,
+            "rollout_start": 0,
+            "target_stride": 1,
+            "pixel_frames": 1,
+            "warmup": 0,
+        }
+        for name, least in low.items():
+            if getattr(self, name) < least:
+                raise WorldlineError(f"a stage's {name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("prediction_share", "rollout_ramp", "lr_end", "ema"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise WorldlineError(f"a stage's {name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.rollout_start > self.rollout:
+            raise WorldlineError(f"rollout_start must be at most rollout {self.rollout}, got {self.rollout_start}")
+
+
+def _joint() -> StageConfig:
+    return StageConfig(
+        steps=3000, batch=16, rollout=48, target_stride=4, sigreg=0.1, grounding=20.0, own_rollout=1.0, foreground=4.0
+    )
+
+
+def _frozen() -> StageConfig:
+    return StageConfig(steps=3000, batch=128, rollout=100, rollout_start=20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run: first encoder, predictor and decoder together, then the predictor alone on frozen latents."""
+
+    data: Path
+    """The dataset, a LeRobot v3 directory."""
+    path: Path
+    """The run directory to write. An unfinished run there goes on where it stopped; a finished one is never touched."""
+    model: WorldConfig = field(default_factory=WorldConfig)
+    joint: StageConfig = field(default_factory=_joint)
+    """Encoder, predictor and decoder together, on pictures."""
+    frozen: StageConfig = field(default_factory=_frozen)
+    """The predictor alone, over long rollouts, on latents encoded once; with `grounding` the decoder too."""
+    seed: int = 0
+    threads: int = 0
+    """CPU threads to compute with; 0 leaves torch's own choice. Resuming is exact only with the same number."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    log_every: int = 20
+    """Updates between two lines of metrics."""
+    checkpoint_every: int = 500
+    """Updates between two validations, each followed by a checkpoint."""
+    validation_windows: int = 64
+
+    def __post_init__(self) -> None:
+        for name, least in {"threads": 0, "log_every": 1, "checkpoint_every": 1, "validation_windows": 1}.items():
+            if getattr(self, name) < least:
+                raise WorldlineError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.joint.steps + self.frozen.steps == 0:
+            raise WorldlineError("joint.steps and frozen.steps are both 0; there is nothing to train")
+        if self.frozen.sigreg or self.frozen.inverse_dynamics:
+            raise WorldlineError("the frozen stage leaves the encoder alone: its sigreg and inverse_dynamics must be 0")
+        if self.frozen.target_stride != 1:
+            raise WorldlineError("the frozen stage has every latent at hand; its target_stride must be 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        data = asdict(self) | {"data": str(self.data), "path": str(self.path)}
+        return dict(json.loads(json.dumps(data)))
+
+
+def differing_options(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Return the dotted names of the options in which two configs, as JSON, differ."""
+    found = []
+    for name in sorted(a.keys() | b.keys()):
+        x, y = a.get(name), b.get(name)
+        if isinstance(x, dict) and isinstance(y, dict):
+            found += [f"{name}.{inner}" for inner in differing_options(x, y)]
+        elif x != y:
+            found.append(name)
+    return found
+
+
+def stage_at(config: TrainConfig, step: int) -> tuple[Literal["joint", "frozen"], StageConfig, int]:
+    """Return the stage of the update after `step` finished ones: name, config, and the update's number within it."""
+    if step < config.joint.steps:
+        return "joint", config.joint, step
+    return "frozen", config.frozen, step - config.joint.steps
+
+
+def total_steps(config: TrainConfig) -> int:
+    return config.joint.steps + config.frozen.steps
+
+
+def rollout_length(stage: StageConfig, step: int) -> int:
+    """Return how far update `step` of a stage rolls out."""
+    if not stage.rollout_start:
+        return stage.rollout
+    ramp = max(1, round(stage.rollout_ramp * stage.steps))
+    return min(stage.rollout, stage.rollout_start + (stage.rollout - stage.rollout_start) * step // ramp)

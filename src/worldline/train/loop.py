@@ -1,0 +1,323 @@
+"""Training: joint on pictures, then the predictor alone on frozen latents.
+
+Every random choice is a function of (seed, stage, step), so that a run that was killed goes on to the same bits on a
+CPU with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from worldline.core.errors import WorldlineError
+from worldline.core.progress import Task, progress
+from worldline.core.result import provenance, write_result
+from worldline.core.seeding import seed_for
+from worldline.data.cache import FrameCache
+from worldline.data.lerobot import Dataset, open_dataset
+from worldline.data.sampler import Prefetcher
+from worldline.model.checkpoint import load_world, weights_sha256
+from worldline.model.world import World
+from worldline.train.checkpoint import (
+    METRICS,
+    RESULT,
+    TIMING,
+    Saved,
+    append_line,
+    flush_to_disk,
+    load_checkpoint,
+    open_run,
+    save_checkpoint,
+    truncate_lines,
+)
+from worldline.train.config import StageConfig, TrainConfig, rollout_length, stage_at, total_steps
+from worldline.train.losses import warmup_cosine
+from worldline.train.objective import InverseHead, Terms, frozen_terms, joint_terms, weighted_sum
+from worldline.train.validate import Validation
+from worldline.train.windows import FrozenWindows, JointWindows, action_statistics, encode_frames, sample_frames
+
+__all__ = ["TrainConfig", "train"]
+
+_BACKGROUND_FRAMES = 256
+_GAUGE_FRAMES = 2000
+
+
+def train(config: TrainConfig) -> Path:
+    """Train a world and return its run directory, ready for `load_world`.
+
+    An unfinished run at `config.path` goes on from its last checkpoint; a finished one is returned as it is.
+
+    Raises:
+        WorldlineError: the data or the run directory do not fit, or the loss stopped being a finite number.
+    """
+    dataset = open_dataset(config.data)
+    with open_run(config, dataset.fingerprint) as finished, _threads(config.threads):
+        if finished:
+            print(f"{config.path}: this run is finished already")
+        else:
+            _Training(config, dataset).run()
+    return config.path
+
+
+class _Training:
+    """A run in progress: the world, what optimises it, and how far it has come."""
+
+    def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
+        self.config, self.dataset = config, dataset
+        self.cache = FrameCache(dataset, config.model.image_size)
+        self.validation = Validation(self.cache, config.model.context, config.validation_windows, config.seed)
+        sample = sample_frames(self.cache, _GAUGE_FRAMES, config.seed)
+        self.gauge_frames = sample
+        background = np.median(sample[:: max(1, len(sample) // _BACKGROUND_FRAMES)], axis=0) / 255.0
+        self.background = torch.from_numpy(background.astype(np.float32)).to(config.device)
+        self.world, self.inverse = _new_modules(config, dataset)
+        self.average: World | None = None
+        self.optimizer: torch.optim.AdamW | None = None
+        self._restored: dict[str, Tensor] = {}
+        self.step, self.best_step = 0, 0
+        self.best_score: float | None = None
+        self.card = {
+            "provenance": provenance(),
+            "seed": config.seed,
+            "data": {"name": dataset.spec.name, "fingerprint": dataset.fingerprint},
+            "config": config.to_json(),
+        }
+
+    def run(self) -> None:
+        started = time.monotonic()
+        self._restore()
+        resumed_at = self.step
+        total = total_steps(self.config)
+        with progress(f"train {self.dataset.spec.name}", total, self.step) as task:
+            if self.step < self.config.joint.steps:
+                self._run_stage(task)
+            if self.step < total:
+                self._run_stage(task)
+        self._finish(started, resumed_at)
+
+    def _run_stage(self, task: Task) -> None:
+        """Run the stage that the next update belongs to, to its end."""
+        name, stage, first = stage_at(self.config, self.step)
+        self._enter(name, stage)
+        produce: Callable[[int], Any]
+        if name == "joint":
+            produce = JointWindows(self.cache, stage, self.config.model.context, self.config.seed)
+        else:
+            produce = FrozenWindows(self.cache, stage, self.world, self.config.seed)
+        sums, count, mark, waited = Terms(), 0, time.perf_counter(), 0.0
+        with Prefetcher(produce, first, stage.steps) as batches:
+            for local, batch in enumerate(batches, start=first):
+                terms, gradient = self._update(name, stage, local, batch)
+                self.step += 1
+                for key, term in terms.items():
+                    sums[key] = sums.get(key, torch.zeros((), device=term.device)) + term
+                count += 1
+                task.advance(note=f"{name} loss {float(terms['loss']):.4f}")
+                ends = local + 1 == stage.steps
+                saves = ends or (local + 1) % self.config.checkpoint_every == 0
+                if saves or (local + 1) % self.config.log_every == 0:
+                    means = {key: float(value) / count for key, value in sums.items()}
+                    self._log(METRICS, {"stage": name, **means, "gradient_norm": gradient})
+                    elapsed = time.perf_counter() - mark
+                    wait = batches.waited_seconds - waited
+                    self._log(TIMING, {"updates_per_second": count / elapsed, "loader_share": wait / elapsed})
+                    sums, count, waited = Terms(), 0, batches.waited_seconds
+                    if saves:
+                        self._checkpoint(name, stage, ends)
+                    mark = time.perf_counter()
+
+    def _update(self, name: str, stage: StageConfig, local: int, batch: Any) -> tuple[Terms, float]:
+        """Do one update; return its terms and the gradient's norm before clipping."""
+        assert self.optimizer is not None
+        device = torch.device(self.config.device)
+        batch = type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
+        factor = warmup_cosine(local, steps=stage.steps, warmup=stage.warmup, end=stage.lr_end)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        rollout = rollout_length(stage, local)
+        with torch.autocast(device.type, torch.bfloat16, enabled=stage.bfloat16):
+            if name == "joint":
+                generator = torch.Generator().manual_seed(seed_for(self.config.seed, "terms", local))
+                terms = joint_terms(self.world, self.inverse, batch, stage, rollout, self.background, generator)
+            else:
+                terms = frozen_terms(self.world, batch, stage, rollout, self.background)
+        loss = weighted_sum(terms, stage)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradient = float(nn.utils.clip_grad_norm_(parameters, stage.clip))
+        if not (math.isfinite(gradient) and math.isfinite(float(loss.detach()))):
+            raise WorldlineError(
+                f"training stopped at step {self.step + 1} ({name}): loss {float(loss.detach())}, gradient norm "
+                f"{gradient}; the last checkpoint is in {self.config.path}; try a new run with lower learning rates"
+            )
+        self.optimizer.step()
+        if self.average is not None:
+            _follow(self.average, self.world, stage.ema)
+        return {"loss": loss.detach()} | {key: term.detach() for key, term in terms.items()}, gradient
+
+    def _enter(self, name: str, stage: StageConfig) -> None:
+        """Set what a stage trains, with the optimiser's state where a checkpoint within the stage had one."""
+        joint = name == "joint"
+        parts: list[tuple[nn.Module | None, float]] = [
+            (self.world.encoder if joint else None, stage.lr_encoder),
+            (self.world.predictor, stage.lr_predictor),
+            (self.world.decoder if joint or stage.grounding else None, stage.lr_decoder),
+            (self.inverse if joint else None, stage.lr_predictor),
+        ]
+        self.world.requires_grad_(False).train(joint)
+        groups = []
+        for module, lr in parts:
+            if module is not None:
+                parameters = list(module.requires_grad_(True).parameters())
+                groups.append({"params": parameters, "lr": lr, "base_lr": lr})
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=stage.weight_decay)
+        _fill_optimizer(self.optimizer, self._restored)
+        self._restored = {}
+        if stage.ema and self.average is None:
+            self.average = copy.deepcopy(self.world).requires_grad_(False)
+        if not joint and not stage.grounding:  # what it reads does not change any more
+            self._fit_gauge(self.world)
+            if self.average is not None:
+                self.average.gauge.load_state_dict(self.world.gauge.state_dict())
+
+    def _checkpoint(self, name: str, stage: StageConfig, ends: bool) -> None:
+        """Validate, decide whether this is the best so far, and save."""
+        if ends and self.average is not None:
+            self.world.load_state_dict(self.average.state_dict())
+            self.average = None
+        kept = self.world if self.average is None else self.average
+        if name == "joint" or stage.grounding:
+            self._fit_gauge(kept)
+        found = self.validation(kept)
+        if name == "joint":  # latent errors of different encoders cannot be compared: the newest counts
+            self.best_step, self.best_score = self.step, None
+        elif self.best_score is None or found["rollout_error"] < self.best_score:
+            self.best_step, self.best_score = self.step, found["rollout_error"]
+        self._log(METRICS, {"stage": name, "validation": found})
+        flush_to_disk(self.config.path / METRICS)
+        tensors: dict[str, Tensor] = {}
+        if not ends:
+            assert self.optimizer is not None
+            tensors |= _optimizer_tensors(self.optimizer)
+            tensors |= {} if self.average is None else _prefixed("world.", self.world)
+        tensors |= {} if self.inverse is None else _prefixed("inverse.", self.inverse)
+        saved = Saved(step=self.step, best_step=self.best_step, best_score=self.best_score, tensors=tensors)
+        save_checkpoint(self.config.path, kept, saved, {**self.card, "step": self.step, "stage": name})
+
+    def _restore(self) -> None:
+        """Go back to the last checkpoint, and take back the metrics written since."""
+        found = load_checkpoint(self.config.path)
+        if found is not None:
+            directory, saved = found
+            self.step, self.best_step, self.best_score = saved.step, saved.best_step, saved.best_score
+            kept = load_world(directory).state_dict()
+            raw = _without("world.", saved.tensors)
+            self.world.load_state_dict(raw or kept)
+            if raw:
+                self.average = copy.deepcopy(self.world).requires_grad_(False)
+                self.average.load_state_dict(kept)
+            if self.inverse is not None:
+                self.inverse.load_state_dict(_without("inverse.", saved.tensors))
+            self._restored = _without("optimizer.", saved.tensors)
+            print(f"{self.config.path}: going on from step {self.step}")
+        for name in (METRICS, TIMING):
+            truncate_lines(self.config.path / name, self.step)
+
+    def _fit_gauge(self, world: World) -> None:
+        was_training = world.training
+        world.eval()
+        world.gauge.fit(world, encode_frames(world, self.gauge_frames).to(self.config.device))
+        world.train(was_training)
+
+    def _log(self, file: str, line: dict[str, Any]) -> None:
+        append_line(self.config.path / file, {"step": self.step, **line})
+
+    def _finish(self, started: float, resumed_at: int) -> None:
+        """Write the result, and say what lies where."""
+        lines = [json.loads(line) for line in (self.config.path / METRICS).read_text().splitlines()]
+        validations = {line["step"]: line["validation"] for line in lines if "validation" in line}
+        best = load_world(self.config.path)
+        figures = {
+            "steps": self.step,
+            "best_step": self.best_step,
+            "validation": validations[self.best_step],
+            "weights": weights_sha256(best),
+            "parameters": sum(p.numel() for p in best.parameters()),
+            "data": self.card["data"],
+            "config": self.config.to_json(),
+        }
+        timing = {"seconds": time.monotonic() - started, "resumed_at": resumed_at}
+        write_result(self.config.path / RESULT, "training", figures, timing)
+        shown = ", ".join(
+            f"{k} {v:.4f}" for k, v in figures["validation"].items() if k.startswith(("rollout", "error"))
+        )
+        print(f"{self.config.path}: best at step {self.best_step} of {self.step} ({shown})")
+        print("  best/, last/: checkpoints; metrics.jsonl, timing.jsonl: curves; result.json: figures and provenance")
+
+
+def _new_modules(config: TrainConfig, dataset: Dataset) -> tuple[World, InverseHead | None]:
+    """Make a world with weights that only the seed decides, and the head that only some configurations train."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(config.seed, "weights"))
+        world = World(config.model, dataset.spec)
+        inverse = None
+        if config.joint.inverse_dynamics:
+            inverse = InverseHead(config.model.latent_dim, dataset.spec.action_dim)
+    mean, std = action_statistics(dataset)
+    world.set_action_statistics(torch.from_numpy(mean), torch.from_numpy(std))
+    return world.to(config.device), None if inverse is None else inverse.to(config.device)
+
+
+@torch.no_grad()
+def _follow(average: World, world: World, decay: float) -> None:
+    """Move the averaged weights towards the present ones; buffers are taken as they are."""
+    for slow, fast in zip(average.parameters(), world.parameters(), strict=True):
+        slow.lerp_(fast, 1.0 - decay)
+    for kept, now in zip(average.buffers(), world.buffers(), strict=True):
+        kept.copy_(now)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return an optimiser's state as named tensors: optimizer.PARAMETER.KEY."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
+
+
+def _fill_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    if not tensors:
+        return
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _prefixed(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    return {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def _without(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,133 @@
+"""What one update minimises: the terms of `losses`, put together for the two stages.
+
+Shape legend: b windows, n looked-at frames of a window, t steps, c context, m drawn frames, d latent.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+
+from worldline.model.world import World
+from worldline.train import losses
+from worldline.train.config import StageConfig
+
+Terms = dict[str, Tensor]
+
+
+class JointBatch(NamedTuple):
+    """Windows of pictures: the whole context, then every `target_stride`-th frame of the rollout."""
+
+    frames: UInt8[Tensor, "b n h w 3"]
+    actions: Float[Tensor, "b t a"]
+    """Every action of the window, whatever frames are left out."""
+
+
+class FrozenBatch(NamedTuple):
+    """Windows of latents, and, where a term wants pixels, some of their pictures."""
+
+    z: Float[Tensor, "b t d"]
+    actions: Float[Tensor, "b t a"]
+    pixel_rows: Int64[Tensor, " m"]
+    pixel_steps: Int64[Tensor, " m"]
+    """Place of each picture in its window, always beyond the context."""
+    pixel_frames: UInt8[Tensor, "m h w 3"]
+
+
+class InverseHead(nn.Module):
+    """Tell the normalised action from a latent and its successor; only training uses it."""
+
+    def __init__(self, latent_dim: int, action_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2 * latent_dim, 256), nn.ReLU(), nn.Linear(256, action_dim))
+
+    def forward(self, z: Float[Tensor, "b t d"], z_next: Float[Tensor, "b t d"]) -> Float[Tensor, "b t a"]:
+        action: Tensor = self.layers(torch.cat((z, z_next), dim=-1))
+        return action
+
+
+def picked_frames(context: int, rollout: int, stride: int) -> list[int]:
+    """Return the places in a window that the joint stage looks at: the context, then every `stride`-th beyond."""
+    return [*range(context), *range(context - 1 + stride, context + rollout, stride)]
+
+
+def joint_terms(
+    world: World,
+    inverse: InverseHead | None,
+    batch: JointBatch,
+    stage: StageConfig,
+    rollout: int,
+    background: Float[Tensor, "h w 3"],
+    generator: torch.Generator,
+) -> Terms:
+    """Return the unweighted terms of the joint stage, by the name of their weight in the stage."""
+    c, stride, terms = world.config.context, stage.target_stride, Terms()
+    z = world.encode(batch.frames)  # (b, n, d)
+    predicted = losses.scale_gradient(z, stage.prediction_share)
+    neighbours = z.shape[1] if stride == 1 else c  # so many first frames follow each other without a gap
+
+    if stage.one_step:
+        z_hat = world.teacher_forced(predicted[:, : neighbours - 1], batch.actions[:, : neighbours - 1])
+        terms["one_step"] = losses.one_step(z_hat, predicted[:, 1:neighbours])
+    if stage.own_rollout or stage.rollout_pixels:
+        state = world.begin(predicted[:, :c], batch.actions[:, : c - 1])
+        z_hat = world.rollout(state, batch.actions[:, c - 1 : c - 1 + rollout])[:, stride - 1 :: stride]
+        terms["own_rollout"] = losses.own_rollout(z_hat, predicted[:, c:])
+    if stage.sigreg:
+        groups = z.transpose(0, 1) if stage.sigreg_per_step else z.flatten(0, 1)[None]
+        terms["sigreg"] = losses.sigreg(groups, generator, projections=stage.projections)
+    if inverse is not None and stage.inverse_dynamics:
+        action_hat = inverse(z[:, : neighbours - 1], z[:, 1:neighbours])
+        action = world.normalise_actions(batch.actions[:, : neighbours - 1])
+        terms["inverse_dynamics"] = losses.inverse_dynamics(action_hat, action)
+    if stage.grounding:
+        drawn = torch.randperm(z.shape[0] * z.shape[1], generator=generator)[: stage.pixel_frames].to(z.device)
+        terms["grounding"] = _pixels(
+            world, z.flatten(0, 1)[drawn], batch.frames.flatten(0, 1)[drawn], background, stage.foreground
+        )
+    if stage.rollout_pixels:
+        drawn = torch.randperm(z_hat.shape[0] * z_hat.shape[1], generator=generator)[: stage.pixel_frames].to(z.device)
+        seen = batch.frames[:, c:].flatten(0, 1)[drawn]
+        terms["rollout_pixels"] = _pixels(world, z_hat.flatten(0, 1)[drawn], seen, background, stage.foreground)
+    return terms
+
+
+def frozen_terms(
+    world: World, batch: FrozenBatch, stage: StageConfig, rollout: int, background: Float[Tensor, "h w 3"]
+) -> Terms:
+    """Return the unweighted terms of the frozen stage, by the name of their weight in the stage."""
+    c, terms = world.config.context, Terms()
+    z, actions = batch.z, batch.actions
+    if stage.one_step:
+        z_hat = world.teacher_forced(z[:, : c + rollout - 1], actions[:, : c + rollout - 1])
+        terms["one_step"] = losses.one_step(z_hat, z[:, 1 : c + rollout])
+    state = world.begin(z[:, :c], actions[:, : c - 1])
+    z_hat = world.rollout(state, actions[:, c - 1 : c - 1 + rollout])
+    terms["own_rollout"] = losses.own_rollout(z_hat, z[:, c : c + rollout])
+    rows, steps = batch.pixel_rows, batch.pixel_steps
+    if stage.grounding:
+        terms["grounding"] = _pixels(world, z[rows, steps], batch.pixel_frames, background, stage.foreground)
+    if stage.rollout_pixels:
+        drawn = z_hat[rows, steps - c]
+        terms["rollout_pixels"] = _pixels(world, drawn, batch.pixel_frames, background, stage.foreground)
+    return terms
+
+
+def weighted_sum(terms: Terms, stage: StageConfig) -> Float[Tensor, ""]:
+    """Return the loss: every term times its weight in the stage."""
+    return torch.stack([getattr(stage, name) * term for name, term in terms.items()]).sum()
+
+
+def _pixels(
+    world: World,
+    z: Float[Tensor, "m d"],
+    frames: UInt8[Tensor, "m h w 3"],
+    background: Float[Tensor, "h w 3"],
+    foreground: float,
+) -> Float[Tensor, ""]:
+    pictures = frames.float() / 255.0
+    weight = losses.foreground_weight(pictures, background, foreground) if foreground else None
+    return losses.grounding(world.decode_float(z).float(), pictures, weight)
