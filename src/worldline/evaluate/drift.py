@@ -7,12 +7,12 @@ Shape legend: n windows, h = 0 ... T horizons (t1 = T + 1 of them), c context, d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int
 
 from worldline.core.seeding import rng_for
 from worldline.core.types import Factor
@@ -23,13 +23,14 @@ from worldline.evaluate.reliability import (
     FactorLimits,
     Forecasts,
     Reliability,
+    moved,
     rank_correlation,
     score,
 )
 from worldline.model.factors import FactorHead, reading_quality, split_factors
 
 _FAR = 1e6
-"""Latents beyond this many standard deviations are cut, so that a diverged rollout is a bad score and not a crash."""
+"""Latents beyond this many times the largest real one are cut: a diverged rollout is a bad score and not a crash."""
 
 
 class RealFrames(NamedTuple):
@@ -65,6 +66,9 @@ class LatentReport:
     """e_100 / e_10; None when the horizon is shorter or e_10 is 0."""
     inside: Float[np.ndarray, " t1"]
     """Share of imagined latents within the radius that holds 99% of real training latents."""
+    radius99: float
+    """The radius that holds 99% of real training latents."""
+    median_radius_real: float
     inside_real: float
     """The same share for the real latents of these windows."""
     radius: Float[np.ndarray, " t1"]
@@ -79,9 +83,11 @@ class Measurement:
 
     reliability: Reliability
     latents: LatentReport
-    forecasts: Forecasts
+    moved: dict[str, Bool[np.ndarray, "n t1"]]
     probe: Probe
     whitening: Whitening
+    rollouts: Rollouts
+    """As scored: cut where they diverged."""
 
 
 def measure(
@@ -109,7 +115,7 @@ def measure(
     )
     whitening = Whitening.fit(train.z)
     truth = split_factors(state, factors)
-    imagined, swapped = (_bounded(z, train.z) for z in (rollouts.imagined, rollouts.swapped))
+    imagined, swapped = (bounded(z, train.z) for z in (rollouts.imagined, rollouts.swapped))
     real = probe(torch.from_numpy(rollouts.real))
     limits = {}
     for f in factors:
@@ -140,7 +146,7 @@ def measure(
             truth,
             episodes,
             whitening,
-            limits[f.name].probe_rmse if limits[f.name].encoded else limits[f.name].canonical_rmse,
+            limits[f.name].moving_rmse,
             seed,
         )
         for f in factors
@@ -148,9 +154,10 @@ def measure(
     return Measurement(
         reliability=score(forecasts, factors, limits, ranks, draws=draws, seed=seed),
         latents=describe_latents(whitening, train.z, rollouts.real, imagined),
-        forecasts=forecasts,
+        moved={f.name: moved(f, truth[f.name], limits[f.name].moving_rmse) for f in factors},
         probe=probe,
         whitening=whitening,
+        rollouts=replace(rollouts, imagined=imagined, swapped=swapped),
     )
 
 
@@ -212,6 +219,8 @@ def describe_latents(
         error_persistence=still,
         growth=float(error[100] / error[10]) if len(error) > 100 and error[10] > 0 else None,
         inside=(radius <= limit).mean(axis=0),
+        radius99=float(limit),
+        median_radius_real=max(float(np.median(radius_real)), 1e-300),
         inside_real=float((radius_real <= limit).mean()),
         radius=np.median(radius, axis=0) / max(float(np.median(radius_real)), 1e-300),
         gauge_radius=rank_correlation(radius, distance),
@@ -231,7 +240,8 @@ def swap_across_episodes(episodes: Int[np.ndarray, " n"], seed: int = 0) -> Int[
     return donor
 
 
-def _bounded(z: Float32[np.ndarray, "n t1 d"], real: Float32[np.ndarray, "m d"]) -> Float32[np.ndarray, "n t1 d"]:
+def bounded(z: Float32[np.ndarray, "n t1 d"], real: Float32[np.ndarray, "m d"]) -> Float32[np.ndarray, "n t1 d"]:
+    """Cut imagined latents far outside the real ones, infinite and undefined ones too, so that squares stay finite."""
     reach = _FAR * max(float(np.abs(real).max()), 1e-30)
-    bounded: np.ndarray = np.nan_to_num(np.clip(z, -reach, reach), nan=reach).astype(np.float32)
-    return bounded
+    cut: np.ndarray = np.nan_to_num(np.clip(z, -reach, reach), nan=reach).astype(np.float32)
+    return cut

@@ -56,6 +56,14 @@ class FactorLimits:
         """Gate G1: the encoder keeps this factor nearly as well as the canonical one."""
         return self.probe_r2 >= ENCODER_SHARE * self.canonical_r2
 
+    @property
+    def moving_rmse(self) -> float | None:
+        """The RMSE that "really moved" is measured in: the probe's, or the canonical encoder's where G1 fails.
+
+        An encoder that lost the factor reads it with a large RMSE; that must not spare it the windows that count.
+        """
+        return self.probe_rmse if self.encoded else self.canonical_rmse
+
 
 @dataclass(frozen=True, kw_only=True)
 class Forecasts:
@@ -222,9 +230,7 @@ class _FactorDraws:
     def __init__(self, factor: Factor, forecasts: Forecasts, limits: FactorLimits, bootstrap: Bootstrap) -> None:
         name, truth = factor.name, forecasts.truth[factor.name]
         loss = cross_entropy if factor.kind == "discrete" else squared_error
-        # an encoder that lost the factor reads it with a large RMSE; that must not spare it the windows that count
-        rmse = limits.probe_rmse if limits.encoded else limits.canonical_rmse
-        self.moved = moved(factor, truth, rmse)
+        self.moved = moved(factor, truth, limits.moving_rmse)
         counted = self.moved.copy()
         counted[:, 0] = True  # R_f(0) is the encoder's own limit, on all windows
         self.num_moved = self.moved.sum(axis=0)

@@ -1,0 +1,234 @@
+"""`report.html`: one file that can be read without a network, in dark and in light."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shlex
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from worldline.core.files import atomic_path, write_bytes
+from worldline.evaluate.charts import latent_chart, reliability_chart
+from worldline.evaluate.figures import headline
+from worldline.evaluate.pictures import Scene, filmstrip, moving_picture
+from worldline.evaluate.style import CSS
+
+
+def write_report(out: Path, figures: dict[str, Any], scene: Scene) -> None:
+    """Write `report.html`, `filmstrip.png` and `rollout.gif` into `out`."""
+    strip = filmstrip(scene)
+    with atomic_path(out / "filmstrip.png") as temporary:
+        strip.save(temporary, "PNG", optimize=True)
+    gif = moving_picture(scene)
+    write_bytes(out / "rollout.gif", gif)
+    data = io.BytesIO()
+    strip.save(data, "PNG", optimize=True)
+    html = render(figures, scene, png=data.getvalue(), gif=gif)
+    write_bytes(out / "report.html", html.encode())
+
+
+def render(figures: dict[str, Any], scene: Scene, *, png: bytes, gif: bytes) -> str:
+    """Return the page."""
+    verdict = figures["verdict"]
+    name = escape(figures["dataset"]["name"])
+    sections = [
+        _cards(verdict),
+        _section(
+            "How far to trust it",
+            "Skill R at every horizon, on the windows in which the factor really moved: 1 is exact, 0 is no better "
+            "than the training mean. The filled area is the credit that counts: it needs an error of at most "
+            "1.1 times the best naive forecast's in 95% of bootstrap draws.",
+            reliability_chart(figures, scene.step_seconds),
+        ),
+        _section(
+            "Truth beside imagination",
+            f"Test episode {scene.episode}, from frame {scene.start}: of the windows in which most factors moved, the "
+            "one of median latent error. After h = 0 the model sees actions only.",
+            f'<div class="pictures"><img class="strip" src="{_uri("png", png)}" alt="truth above imagination at h = 0, '
+            f'10, 25, 50, 75, 100"><img class="gif" src="{_uri("gif", gif)}" alt="truth left, imagination right, '
+            'moving"></div>',
+        ),
+        _section("By factor", "", _factor_table(figures)),
+        _section(
+            "Gates",
+            "G1: the encoder keeps the factor (probe R² at least 0.8 of the canonical supervised encoder's), else its "
+            "credit is 0. G2: credit with the true actions minus credit with those of other episodes. G3: share of "
+            "distractors, different in this factor and alike in the others, that lie farther away than the truth; "
+            "chance is 0.5. The headline is invalid if G2 or G3 fails for every factor.",
+            _gate_table(figures),
+        ),
+        _section("The latent itself", "", latent_chart(figures) + _latent_table(figures)),
+    ]
+    if "compare" in figures:
+        sections.append(_section("Beside another model", "", _compare_table(figures)))
+    sections.append(
+        _section("Again", "Everything in result.json but timing and provenance repeats.", _reproduce(figures))
+    )
+    state = "valid" if verdict["valid"] else "invalid"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>worldline: {name}</title><style>{CSS}</style></head><body><main>"
+        f'<p class="kicker">worldline &middot; evaluation &middot; {name} &middot; weights '
+        f"{figures['model']['weights_sha256'][:12]} "
+        f"&middot; {figures['model']['parameters'] / 1e6:.2f} M parameters</p>"
+        f'<h1><span class="chip {state}">{state}</span> {escape(headline(figures))}</h1>'
+        f"{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _section(title: str, lead: str, body: str) -> str:
+    lead = f'<p class="lead">{escape(lead)}</p>' if lead else ""
+    return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>"
+
+
+def _cards(verdict: dict[str, Any]) -> str:
+    cards = []
+    for horizon, hri in verdict["hri"].items():
+        value = "n/a" if hri is None else f"{hri['value']:.2f}"
+        between = "nothing moved enough to be scored" if hri is None else f"{hri['low']:.2f} to {hri['high']:.2f}"
+        cards.append(
+            (f"HRI<sub>{horizon}</sub>", value, between, "area under the credit curve, mean over factors; 0 to 1")
+        )
+    star = verdict["h_star"]
+    sign = "&ge;&thinsp;" if star["censored"] else ""
+    by = "no factor ends it" if star["censored"] else f"ended by {escape(str(star['ended_by']))}"
+    cards.append(
+        (
+            "H*",
+            f"{sign}{star['steps']} <small>steps &middot; {star['seconds']:.1f} s</small>",
+            f"{star['low']} to {star['high']}; {by}",
+            "largest step up to which every factor keeps a credit of 0.5",
+        )
+    )
+    cards.append(
+        (
+            "judged on",
+            f"{verdict['num_windows']} <small>windows</small>",
+            f"of {verdict['num_episodes']} held-out episodes",
+            "95% intervals are bootstraps over episodes",
+        )
+    )
+    boxes = "".join(
+        f'<div class="card" title="{escape(title)}"><b>{label}</b><strong>{value}</strong><span>{below}</span></div>'
+        for label, value, below, title in cards
+    )
+    return f'<div class="cards">{boxes}</div>'
+
+
+def _factor_table(figures: dict[str, Any]) -> str:
+    factors = figures["factors"]
+    last = figures["windows"]["horizon"]
+    marks = sorted({h for h in (10, 25, 50, 75, 100, last) if h <= last})
+    rows = []
+    for name, factor in factors.items():
+        credit = _value(factor["mean_credit"])
+        rows.append([f"<b>{escape(name)}</b>", "imagination", *(_value(factor["r"][h]) for h in marks), credit])
+        rows.append(["", "encoder's limit", *(_value(factor["r_real_latents"][h]) for h in marks), ""])
+        for kind in ("persistence", "constant velocity", "actions only", "action-free twin"):
+            curve = factor["r_naive"].get(kind)
+            rows.append(["", kind, *("n/a" if curve is None else _value(curve[h]) for h in marks), ""])
+        rows.append(["", "windows that moved", *(f"{factor['num_moved'][h]}" for h in marks), ""])
+    table = _table(["factor", "skill R of", *(f"h = {h}" for h in marks), "mean credit"], rows, text_columns=2)
+    excluded = figures["verdict"]["excluded"]
+    if excluded:
+        items = "".join(f"<li><b>{escape(k)}</b>: {escape(v)}</li>" for k, v in excluded.items())
+        table += f"<p>Excluded:</p><ul>{items}</ul>"
+    return table
+
+
+def _gate_table(figures: dict[str, Any]) -> str:
+    rows = []
+    for name, factor in figures["factors"].items():
+        g1, g2, g3 = (factor["gates"][key] for key in ("g1", "g2", "g3"))
+        rows.append(
+            [
+                f"<b>{escape(name)}</b>",
+                _passed(g1["passed"]) + f" {_value(g1['probe_r2'])} of {_value(g1['canonical_r2'])}",
+                _passed(g2["passed"]) + f" {_between(g2['credit_of_true_actions'])}",
+                _passed(g3["passed"]) + f" {_between(g3['ranks_above'])}",
+            ]
+        )
+    return _table(["factor", "G1 encoded", "G2 actions matter", "G3 points at the future"], rows, text_columns=4)
+
+
+def _latent_table(figures: dict[str, Any]) -> str:
+    latents, long, gauge = figures["latents"], figures["long_rollouts"], figures["gauge"]
+    rows = [
+        ["one-step error, whitened", _value(latents["error_one_step"], 3)],
+        ["growth e<sub>100</sub> / e<sub>10</sub>", _value(latents["growth_e100_e10"])],
+        ["effective rank", f"{_value(latents['effective_rank'], 1)} of {latents['dimensions']}"],
+        [
+            f"inside the real region after {long['steps']} steps"
+            + ("" if long["steps"] >= long["wanted_steps"] else f" (no test episode has {long['wanted_steps']:,})"),
+            f"{100 * long['inside'][-1]:.0f} %, median radius {long['median_radius'][-1]:.2f} of real",
+        ],
+    ]
+    if gauge is None:
+        rows.append(["drift gauge", "this world has none fitted"])
+    else:
+        for kind, label in (("region", "radius"), ("cycle", "cycle distance")):
+            found = ", ".join(f"{_value(c)} at {h}" for h, c in zip(gauge["at"], gauge[kind], strict=True))
+            rows.append([f"rank correlation of the gauge's {label} with true error, within a horizon", found])
+    return _table(["figure", "value"], rows, text_columns=1)
+
+
+def _compare_table(figures: dict[str, Any]) -> str:
+    compare, ours = figures["compare"], figures["verdict"]
+    rows = [
+        [f"HRI<sub>{t}</sub>", _between(ours["hri"][t]), _between(compare["verdict"]["hri"][t]), _between(difference)]
+        for t, difference in compare["hri_difference"].items()
+    ]
+    a, b = ours["h_star"], compare["verdict"]["h_star"]
+    rows.append(["H*, steps", *(f"{s['steps']} [{s['low']}, {s['high']}]" for s in (a, b)), ""])
+    for name, factor in figures["factors"].items():
+        other = compare["factors"][name]
+        rows.append([f"mean credit, {escape(name)}", _value(factor["mean_credit"]), _value(other["mean_credit"]), ""])
+    valid = (
+        "" if compare["verdict"]["valid"] else f"<p>The other is invalid: {escape(compare['verdict']['invalid'])}.</p>"
+    )
+    header = ["", "this model", escape(compare["checkpoint"]), "difference, paired"]
+    return _table(header, rows, text_columns=1) + valid
+
+
+def _reproduce(figures: dict[str, Any]) -> str:
+    config = figures["config"]
+    words = ["worldline", "evaluate", config["checkpoint"], f"dataset={config['dataset']}"]
+    words += [
+        f"{key}={config[key]}" for key in ("horizon", "windows", "seed", "twin", "compare") if config[key] is not None
+    ]
+    return (
+        f"<pre>{escape(shlex.join(words))}</pre>"
+        f'<p class="lead">dataset {figures["dataset"]["fingerprint"][:12]} &middot; reference pack '
+        f"{figures['dataset']['references'][:12]}</p>"
+    )
+
+
+def _table(header: list[str], rows: Iterable[list[str]], text_columns: int) -> str:
+    def line(cells: list[str], tag: str) -> str:
+        marks = ['class="text"' if i < text_columns else "" for i in range(len(cells))]
+        return "<tr>" + "".join(f"<{tag} {m}>{c}</{tag}>" for m, c in zip(marks, cells, strict=True)) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f'<div class="scroll"><table><thead>{line(header, "th")}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _passed(passed: bool) -> str:
+    return '<span class="pass">pass</span>' if passed else '<span class="fail">fail</span>'
+
+
+def _between(interval: dict[str, float] | None) -> str:
+    if interval is None:
+        return "n/a"
+    return f"{interval['value']:.2f} <small>[{interval['low']:.2f}, {interval['high']:.2f}]</small>"
+
+
+def _value(value: float | None, digits: int = 2) -> str:
+    return "&ndash;" if value is None else f"{value:.{digits}f}"
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

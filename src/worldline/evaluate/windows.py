@@ -1,0 +1,161 @@
+"""Which windows of held-out episodes a model is judged on, and what it imagines of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64, UInt8
+
+from worldline.core.errors import WorldlineError
+from worldline.core.seeding import rng_for
+from worldline.data.cache import FrameCache
+from worldline.data.lerobot import Dataset
+from worldline.evaluate.drift import RealFrames, Rollouts
+from worldline.model.world import World
+
+MIN_WINDOWS = 200
+MIN_EPISODES = 5
+_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Windows by (episode, index of the frame at h = 0); every episode's are spread evenly over it."""
+
+    index: Int64[np.ndarray, "n 2"]
+    context: int
+    """Frames that a model may see, the one at h = 0 included."""
+    horizon: int
+
+    @property
+    def episodes(self) -> Int64[np.ndarray, " n"]:
+        return self.index[:, 0]
+
+
+def choose_windows(dataset: Dataset, *, context: int, horizon: int, count: int) -> Windows:
+    """Stride about `count` windows through the test episodes that are long enough.
+
+    Raises:
+        WorldlineError: under 200 windows or under 5 episodes would be left.
+    """
+    test = dataset.split("test")
+    room = {e: dataset.lengths[e] - horizon - context + 1 for e in test}  # anchors that fit
+    usable = [e for e in test if room[e] > 0]
+    available = sum(room[e] for e in usable)
+    if len(usable) < MIN_EPISODES or available < MIN_WINDOWS or count < MIN_WINDOWS:
+        raise WorldlineError(
+            f"{dataset.path}: the metric needs at least {MIN_WINDOWS} windows from {MIN_EPISODES} test episodes; "
+            f"asked for {count}, and {len(usable)} of {len(test)} test episodes have the {context + horizon} frames of "
+            f"a window (context {context}, horizon {horizon}), which makes {available} windows; collect more or longer "
+            "episodes, or lower the horizon"
+        )
+    index: list[tuple[int, int]] = []
+    left = count
+    for place, episode in enumerate(sorted(usable, key=lambda e: room[e])):
+        share = min(room[episode], -(-left // (len(usable) - place)))
+        anchors = np.linspace(0, room[episode] - 1, share).round().astype(int) + context - 1
+        index += [(episode, int(anchor)) for anchor in anchors]
+        left -= share
+    return Windows(index=np.array(sorted(index)), context=context, horizon=horizon)
+
+
+def encode_frames(world: World, frames: UInt8[np.ndarray, "m h w 3"]) -> Float32[np.ndarray, "m d"]:
+    """Encode frames in batches."""
+    with torch.inference_mode():
+        parts = [world.encode(torch.from_numpy(frames[i : i + _BATCH].copy())) for i in range(0, len(frames), _BATCH)]
+        latents: np.ndarray = torch.cat(parts).numpy()
+    return latents
+
+
+def encode_split(world: World, cache: FrameCache, split: str, at_most: int, seed: int) -> RealFrames:
+    """Encode at most `at_most` frames of a split, drawn evenly over all its frames."""
+    dataset = cache.dataset
+    pairs = np.array([(e, t) for e in dataset.split(split) for t in range(dataset.lengths[e])])
+    if len(pairs) > at_most:
+        pairs = pairs[np.sort(rng_for(seed, "probe-frames", split).choice(len(pairs), at_most, replace=False))]
+    latents = [encode_frames(world, cache.gather(pairs[i : i + 1024], 1)[:, 0]) for i in range(0, len(pairs), 1024)]
+    states = np.concatenate([states_of(dataset, e)[pairs[pairs[:, 0] == e, 1]] for e in np.unique(pairs[:, 0])])
+    return RealFrames(np.concatenate(latents), states)
+
+
+def states_of(dataset: Dataset, episode: int) -> Float32[np.ndarray, "t s"]:
+    """Return an episode's true states.
+
+    Raises:
+        WorldlineError: the dataset has none.
+    """
+    state = dataset.state(int(episode))
+    if state is None or not dataset.spec.factors:
+        raise WorldlineError(
+            f"{dataset.path}: a model is scored on factors of a true state, and this dataset has none; use one that "
+            "`worldline collect` made"
+        )
+    return state
+
+
+def window_states(dataset: Dataset, windows: Windows) -> Float32[np.ndarray, "n t1 s"]:
+    """Return the true states at h = 0 ... T."""
+    return np.stack([states_of(dataset, e)[t : t + windows.horizon + 1] for e, t in windows.index.tolist()])
+
+
+def window_actions(dataset: Dataset, windows: Windows) -> Float32[np.ndarray, "n t a"]:
+    """Return the recorded actions that lead from h = 0 to h = T."""
+    return np.stack([dataset.actions(e)[t : t + windows.horizon] for e, t in windows.index.tolist()])
+
+
+def encode_windows(
+    world: World, cache: FrameCache, windows: Windows
+) -> tuple[Float32[np.ndarray, "n c d"], Float32[np.ndarray, "n t1 d"]]:
+    """Return latents of the context and of h = 0 ... T; each frame is encoded once, however many windows share it."""
+    before, after = windows.context - 1, windows.horizon + 1
+    context, real = [], []
+    for episode in np.unique(windows.episodes):
+        anchors = windows.index[windows.episodes == episode, 1]
+        first = int(anchors.min()) - before
+        z = encode_frames(world, cache.frames(int(episode), first, int(anchors.max()) + after - first))
+        context += [z[t - before - first : t + 1 - first] for t in anchors]
+        real += [z[t - first : t + after - first] for t in anchors]
+    return np.stack(context), np.stack(real)
+
+
+@torch.inference_mode()
+def imagine(
+    world: World,
+    context: Float32[np.ndarray, "n c d"],
+    past: Float32[np.ndarray, "n c1 a"],
+    actions: Float32[np.ndarray, "n t a"],
+) -> Float32[np.ndarray, "n t1 d"]:
+    """Roll out open loop from the last `world.config.context` real latents; row 0 is the last of them."""
+    kept = world.config.context
+    z, before = (
+        torch.from_numpy(context[:, -kept:].copy()),
+        torch.from_numpy(past[:, past.shape[1] - kept + 1 :].copy()),
+    )
+    state = world.begin(z, before)
+    rolled: np.ndarray = torch.cat([z[:, -1:], world.rollout(state, torch.from_numpy(actions))], dim=1).numpy()
+    return rolled
+
+
+def past_actions(dataset: Dataset, windows: Windows) -> Float32[np.ndarray, "n c1 a"]:
+    """Return the actions between the frames of the context."""
+    return np.stack([dataset.actions(e)[t - windows.context + 1 : t] for e, t in windows.index.tolist()])
+
+
+def roll_out(world: World, cache: FrameCache, windows: Windows, donor: Int64[np.ndarray, " n"]) -> Rollouts:
+    """Encode the windows and imagine them with the recorded actions and with those of the windows `donor`."""
+    context, real = encode_windows(world, cache, windows)
+    past, actions = past_actions(cache.dataset, windows), window_actions(cache.dataset, windows)
+    return Rollouts(
+        context=context,
+        real=real,
+        imagined=imagine(world, context, past, actions),
+        swapped=imagine(world, context, past, actions[donor]),
+    )
+
+
+def middle_actions(world: World, like: Float[np.ndarray, "*b a"]) -> Float32[np.ndarray, "*b a"]:
+    """Return the middle of the range in place of every action: what an action-free twin is trained and run on."""
+    middle = (np.array(world.spec.action_low) + np.array(world.spec.action_high)) / 2
+    return np.broadcast_to(middle.astype(np.float32), like.shape).copy()

@@ -1,0 +1,267 @@
+"""The reference pack of a dataset: what a supervised encoder can see, and what actions alone can tell.
+
+Made once for a dataset, stored beside it and tied to its fingerprint; `model/references.py` is its format and reader.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from worldline.core.errors import WorldlineError
+from worldline.core.files import fsync_directory, read_json, sha256_file, write_json
+from worldline.core.progress import Task, progress
+from worldline.core.seeding import rng_for, seed_for
+from worldline.data.cache import FrameCache
+from worldline.data.lerobot import Dataset
+from worldline.model.conv import ConvEncoder
+from worldline.model.factors import FactorHead, reading_quality, split_factors
+from worldline.model.references import ACTIONS_ONLY, CANONICAL, CARD, DIRECTORY, FORMAT, ActionsOnly
+
+_LATENT = 128
+_CHECKS = 30
+"""How often a training looks at the validation episodes."""
+_GOOD_ENOUGH = 0.005
+"""Share of the factors' variance left unexplained at which a training ends: it settles what can be seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferencesConfig:
+    """How the reference pack is made. Each training keeps the weights that did best on validation episodes."""
+
+    image_size: int | None = None
+    """None means the dataset's own."""
+    seed: int = 0
+    max_frames: int = 60_000
+    """Training frames that the canonical encoder sees at most."""
+    encoder_updates: int = 3000
+    encoder_batch: int = 64
+    actions_updates: int = 600
+    actions_batch: int = 64
+    actions_hidden: int = 64
+    horizon: int = 100
+
+
+class CanonicalEncoder(nn.Module):
+    """The convolutional encoder of the `tiny` world with a linear map to the factors, trained on them directly."""
+
+    def __init__(self, image_size: int, outputs: int) -> None:
+        super().__init__()
+        self.encoder = ConvEncoder(image_size=image_size, latent_dim=_LATENT, width=16, head_channels=8)
+        self.out = nn.Linear(_LATENT, outputs)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Map uint8 pictures (b, h, w, 3) to targets (b, k)."""
+        x = frames.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        targets: Tensor = self.out(nn.functional.gelu(self.encoder(x)))
+        return targets
+
+
+def make_references(dataset: Dataset, config: ReferencesConfig | None = None) -> Path:
+    """Make the dataset's reference pack, or return the one that is there if data and configuration are the same.
+
+    Trains the canonical encoder (frames to factors) and the actions-only forecaster on training episodes, stops both
+    early on validation episodes, and measures R^2 and RMSE on test episodes. Repeatable to the bit on one machine with
+    the same number of threads.
+
+    Raises:
+        WorldlineError: the dataset has no factors, or a split is empty.
+    """
+    config = config or ReferencesConfig()
+    folder = dataset.path / DIRECTORY
+    if _is_current(folder, dataset, config):
+        return folder
+    splits = {name: dataset.split(name) for name in ("train", "validation", "test")}
+    if not all(splits.values()):
+        raise WorldlineError(
+            f"{dataset.path}: a reference pack needs episodes in every split, got "
+            f"{', '.join(f'{len(e)} {name}' for name, e in splits.items())}; collect more episodes"
+        )
+    train_state = np.concatenate([_state(dataset, episode) for episode in splits["train"]])
+    head = FactorHead.fit(dataset.spec.factors, train_state)
+    temporary = folder.with_name(f".{DIRECTORY}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        # outside the bar below: decoding has its own
+        cache = FrameCache(dataset, config.image_size)
+        with progress(f"references {dataset.spec.name}", config.encoder_updates + config.actions_updates) as task:
+            encoder = _train_encoder(dataset, cache, head, splits, config, task)
+            forecaster = _train_actions_only(dataset, head, splits, config, task)
+        quality = _quality(dataset, cache, head, encoder, splits["test"])
+        save_file(encoder.state_dict(), temporary / CANONICAL)
+        save_file(forecaster.state_dict(), temporary / ACTIONS_ONLY)
+        card = {
+            "format": FORMAT,
+            "fingerprint": dataset.fingerprint,
+            "config": asdict(config),
+            "factors": {name: {"r2": r2, "rmse": rmse} for name, (r2, rmse) in quality.items()},
+            "head": head.to_json(),
+            "actions_only": {"hidden": config.actions_hidden},
+            "files": {name: sha256_file(temporary / name) for name in (CANONICAL, ACTIONS_ONLY)},
+        }
+        write_json(temporary / CARD, card)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+        fsync_directory(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _is_current(folder: Path, dataset: Dataset, config: ReferencesConfig) -> bool:
+    if not (folder / CARD).exists():
+        return False
+    card = read_json(folder / CARD)
+    same = (card.get("format"), card.get("fingerprint"), card.get("config")) == (
+        FORMAT,
+        dataset.fingerprint,
+        asdict(config),
+    )
+    return same and all(
+        (folder / name).exists() and sha256_file(folder / name) == found for name, found in card["files"].items()
+    )
+
+
+def _state(dataset: Dataset, episode: int) -> Float32[np.ndarray, "t s"]:
+    state = dataset.state(episode)
+    if state is None:
+        raise WorldlineError(
+            f"{dataset.path}: this dataset has no true state, which references are trained on; use one that "
+            "`worldline collect` made"
+        )
+    return state
+
+
+def _frame_indices(dataset: Dataset, episodes: list[int], at_most: int, seed: int) -> Int64[np.ndarray, "n 2"]:
+    """Return at most `at_most` pairs of (episode, frame), drawn evenly, in order."""
+    pairs = np.array([(e, t) for e in episodes for t in range(dataset.lengths[e])])
+    if len(pairs) > at_most:
+        pairs = pairs[np.sort(rng_for(seed, "reference-frames").choice(len(pairs), at_most, replace=False))]
+    return pairs
+
+
+def _labelled(
+    dataset: Dataset, cache: FrameCache, pairs: Int64[np.ndarray, "n 2"]
+) -> tuple[Tensor, Float32[np.ndarray, "n s"]]:
+    frames = torch.from_numpy(cache.gather(pairs, 1)[:, 0])
+    return frames, np.stack([_state(dataset, e)[t] for e, t in pairs.tolist()])
+
+
+def _train_encoder(
+    dataset: Dataset,
+    cache: FrameCache,
+    head: FactorHead,
+    splits: dict[str, list[int]],
+    config: ReferencesConfig,
+    task: Task,
+) -> CanonicalEncoder:
+    pairs = _frame_indices(dataset, splits["train"], config.max_frames, config.seed)
+    frames, state = _labelled(dataset, cache, _frame_indices(dataset, splits["validation"], 1000, config.seed))
+    targets = head.targets(state)
+    rng = rng_for(config.seed, "reference-encoder")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(config.seed, "reference-encoder"))
+        model = CanonicalEncoder(cache.image_size, head.size)
+
+    def update() -> Tensor:
+        batch = pairs[rng.integers(len(pairs), size=config.encoder_batch)]
+        pictures, truth = _labelled(dataset, cache, batch)
+        return head.loss(model(pictures), head.targets(truth))
+
+    def validate() -> float:
+        return float(head.loss(model(frames), targets))
+
+    _train(model, update, validate, config.encoder_updates, 3e-3, task, "encoder")
+    return model
+
+
+def _train_actions_only(
+    dataset: Dataset, head: FactorHead, splits: dict[str, list[int]], config: ReferencesConfig, task: Task
+) -> ActionsOnly:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(config.seed, "reference-actions"))
+        model = ActionsOnly(dataset.spec.action_dim, head.size, config.actions_hidden)
+    actions = torch.from_numpy(np.concatenate([dataset.actions(e) for e in splits["train"]]))
+    model.action_mean.copy_(actions.mean(0))
+    model.action_scale.copy_(actions.std(0).clamp(min=1e-6))
+    rng = rng_for(config.seed, "reference-actions")
+    steps = min(config.horizon, max(dataset.lengths) - 1)
+
+    def windows(episodes: list[int], count: int, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+        long = [e for e in episodes if dataset.lengths[e] > steps]
+        chosen = [long[i] for i in draw.integers(len(long), size=count)]
+        starts = [int(draw.integers(dataset.lengths[e] - steps)) for e in chosen]
+        pairs = list(zip(chosen, starts, strict=True))
+        inputs = np.stack([dataset.actions(e)[s : s + steps] for e, s in pairs])
+        truth = np.stack([_state(dataset, e)[s : s + steps + 1] for e, s in pairs])
+        return torch.from_numpy(inputs), head.targets(truth)
+
+    for name in ("train", "validation"):
+        if not any(dataset.lengths[e] > steps for e in splits[name]):
+            raise WorldlineError(f"{dataset.path}: no {name} episode has over {steps} frames; collect longer episodes")
+    inputs, targets = windows(splits["validation"], 256, rng_for(config.seed, "reference-actions-validation"))
+
+    def update() -> Tensor:
+        x, y = windows(splits["train"], config.actions_batch, rng)
+        return head.loss(model(x), y)
+
+    def validate() -> float:
+        return float(head.loss(model(inputs), targets))
+
+    _train(model, update, validate, config.actions_updates, 5e-3, task, "actions only")
+    return model
+
+
+def _train(
+    model: nn.Module,
+    update: Callable[[], Tensor],
+    validate: Callable[[], float],
+    updates: int,
+    rate: float,
+    task: Task,
+    label: str,
+) -> None:
+    """Train by AdamW with a cosine schedule, and keep the weights that did best on validation episodes."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-4, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=updates, pct_start=0.1)
+    best, kept, every = float("inf"), model.state_dict(), max(updates // _CHECKS, 1)
+    for number in range(1, updates + 1):
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(update())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        task.advance()
+        if number % every == 0 or number == updates:
+            model.eval()
+            with torch.no_grad():
+                loss = validate()
+            if loss < best:
+                best, kept = loss, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            task.advance(0, note=f"{label}: validation loss {loss:.4f}")
+            if loss < _GOOD_ENOUGH:
+                task.advance(updates - number)
+                break
+    model.load_state_dict(kept)
+    model.eval()
+
+
+@torch.no_grad()
+def _quality(
+    dataset: Dataset, cache: FrameCache, head: FactorHead, encoder: CanonicalEncoder, episodes: list[int]
+) -> dict[str, tuple[float, float | None]]:
+    frames, state = _labelled(dataset, cache, _frame_indices(dataset, episodes, 3000, 0))
+    readings = head.read(torch.cat([encoder(part) for part in torch.split(frames, 250)]))
+    truth = split_factors(state, head.factors)
+    return {f.name: reading_quality(f, readings[f.name], truth[f.name], head.mean[f.name]) for f in head.factors}
