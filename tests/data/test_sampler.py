@@ -42,7 +42,7 @@ def test_a_batch_depends_on_its_step_alone(lengths: dict[int, int], steps: list[
 
 
 def test_seeds_and_epochs_differ() -> None:
-    lengths = {episode: 50 for episode in range(4)}
+    lengths = dict.fromkeys(range(4), 50)
     first = Sampler(lengths, 2, 196, seed=0)
     assert not np.array_equal(first.indices(0), first.indices(1))
     assert not np.array_equal(first.indices(0), Sampler(lengths, 2, 196, seed=1).indices(0))

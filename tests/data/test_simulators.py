@@ -79,7 +79,7 @@ def test_two_room_never_enters_a_wall_and_changes_rooms_only_by_the_door() -> No
                 push = rng.uniform(-1.5, 1.5, 2)  # also beyond the range, where it must be clipped
             state = world.step(push.astype(np.float32)).state.astype(np.float64)
             before, (x, y) = x, state[:2]
-            assert BORDER + RADIUS - 1e-6 <= min(x, y)
+            assert min(x, y) >= BORDER + RADIUS - 1e-6
             assert max(x, y) <= 1 - BORDER - RADIUS + 1e-6
             for low, high in ((-1.0, door - DOOR_HALF), (door + DOOR_HALF, 2.0)):
                 gap = np.hypot(x - np.clip(x, *WALL), y - np.clip(y, low, high))
