@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 ifeq ($(shell uname -s),Linux)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
-PORT ?= 8470
+PORT ?= 8765
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,14 +35,8 @@ test: $(DEV_STAMP) debian
 bench: $(DEV_STAMP)
 	$(BIN)/worldline bench
 
-# Chromium is for the browser test only; without it (and without root to install it) that test skips and says so.
 debian:
-	@if command -v chromium >/dev/null || [ "$$(uname -s)" != Linux ]; then :; \
-	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		echo "installing chromium for the browser test"; \
-		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
-			|| echo "chromium could not be installed: the browser test will be skipped"; \
-	else echo "no chromium, and not root: the browser test will be skipped (sudo apt-get install chromium)"; fi
+	@scripts/system-packages $(BIN)/python
 
 # The CPU build of torch has a higher local version (2.13.0+cpu), so pip takes it from the extra index or from a
 # local wheel folder where there is one, and PyPI's build elsewhere.

@@ -11,49 +11,17 @@ import os
 import shutil
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from worldline import __version__
+from worldline.commands import COMMANDS, Command
 from worldline.core.errors import WorldlineError
 
 CONF = Path(__file__).parent / "conf"
-DEFAULT_PORT = 8470
-
-
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """One command: what its help teaches and what runs."""
-
-    name: str
-    summary: str
-    about: str
-    examples: tuple[tuple[str, str], ...]
-    """Command lines, each with what it does."""
-    run: Callable[[Any, set[str]], int]
-    """Takes the config (or the PATH, for a command without options) and the flags; returns the exit status."""
-    config: str = ""
-    """The dataclass of its options, as "module:Class"; empty for a command without options."""
-    path: str = ""
-    """The option that PATH sets, or the word for PATH in a command without options."""
-    path_required: bool = False
-    flags: dict[str, str] = field(default_factory=dict)
-    kept: str = ""
-    """What an interrupted run leaves behind, with the config's fields in braces."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplayConfig:
-    """What to replay."""
-
-    file: Path
-    """The recording."""
-    checkpoint: str | None = None
-    """The world to replay it on: a checkpoint, a run, or a shipped name; null for the one named in the recording."""
+_ANY = "..."  # in help, a value that depends on what is asked for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -162,7 +130,10 @@ def _configure(command: Command, paths: list[str], overrides: list[str]) -> Any:
 
 
 def _compose(command: Command, overrides: list[str], fixed: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return the command's options as plain values. `fixed` are taken as they are written, paths for example."""
+    """Return the command's options as plain values.
+
+    `fixed` are taken as they are written, paths for example. A PATH that is not given, as in help, is `_ANY`.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
@@ -181,15 +152,33 @@ def _compose(command: Command, overrides: list[str], fixed: Mapping[str, str] | 
         # For default places: ${name:PATH} is the last part of a path, ${preset:GROUP} the preset chosen from a group.
         OmegaConf.register_new_resolver("name", lambda path: Path(path).resolve().name, replace=True)
         OmegaConf.register_new_resolver("preset", lambda group: chosen[group], replace=True)
+        OmegaConf.register_new_resolver("trained_on", _trained_on, replace=True)
         with open_dict(composed):
             del composed["hydra"]
+            if command.path in list(composed) and OmegaConf.is_missing(composed, command.path):
+                composed[command.path] = _ANY
             composed.update(fixed or {})
         values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, WorldlineError):  # from a resolver
+            raise cause from None
         reason = str(error).strip().splitlines()[0]
         raise WorldlineError(f"{command.name}: cannot read {' '.join(overrides)!r}: {reason}") from None
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def _trained_on(checkpoint: str) -> str:
+    """Return the dataset that a checkpoint was trained on, by the place it had then."""
+    from worldline.model.checkpoint import read_card
+
+    if checkpoint == _ANY:
+        return _ANY
+    path = str(read_card(checkpoint)["training"].get("config", {}).get("data", ""))
+    if not Path(path).is_dir() or not path:
+        raise WorldlineError(f"{checkpoint} was trained on {path or 'unknown data'}, not found here; give data=PATH")
+    return path
 
 
 def _groups(command: Command) -> dict[str, list[str]]:
@@ -290,154 +279,8 @@ def _table(rows: Iterable[tuple[str, str]], width: int) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    if value == "???":
+    if value in ("???", _ANY):
         return "..."
     if value is None or isinstance(value, bool):
         return str({None: "null", True: "true", False: "false"}[value])
     return "[" + ",".join(map(str, value)) + "]" if isinstance(value, list) else str(value)
-
-
-# The commands
-
-
-def _wrote(path: Path, started: float) -> None:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
-    plural = "file" if len(files) == 1 else "files"
-    print(f"wrote {path}: {len(files)} {plural}, {size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s")
-
-
-def _collect(config: Any, flags: set[str]) -> int:
-    from worldline.data.collect import collect
-
-    started = time.monotonic()
-    _wrote(collect(config), started)
-    return 0
-
-
-def _train(config: Any, flags: set[str]) -> int:
-    from worldline.train.loop import train
-
-    started = time.monotonic()
-    path = train(config)
-    _wrote(path, started)
-    print(f"next: worldline evaluate {path}")
-    return 0
-
-
-def _replay(config: Any, flags: set[str]) -> int:
-    from worldline.core.progress import progress
-    from worldline.engine.recording import Recording
-    from worldline.engine.replay import verify
-    from worldline.engine.workloads.latent import LatentWorkload
-
-    recording = Recording(config.file)
-    made_by = recording.header.fingerprint
-    print(f"{config.file}: {recording.frames} frames at {recording.header.fps:g} FPS", end="")
-    print("" if recording.complete else f" (incomplete, {recording.frames} frames)")
-    for key, value in made_by.items():
-        print(f"  {key:<10}  {value}")
-    if "--verify" not in flags:
-        print(f"next: worldline replay {config.file} --verify")
-        return 0
-    workload = LatentWorkload.open(config.checkpoint or made_by.get("checkpoint", ""))
-    with progress("verify", recording.frames) as task:
-        verdict = verify(config.file, workload, lambda done, total: task.advance(1))
-    print(verdict)
-    return 0 if verdict.ok else 1
-
-
-def _doctor(path: str, flags: set[str]) -> int:
-    from worldline.doctor import examine, report
-
-    checks = examine(DEFAULT_PORT)
-    print(report(checks))
-    return 1 if any(check.state == "broken" for check in checks) else 0
-
-
-def _list(path: str, flags: set[str]) -> int:
-    from worldline.listing import listing
-
-    print(listing(Path(path or ".")))
-    return 0
-
-
-COMMANDS: dict[str, Command] = {
-    command.name: command
-    for command in (
-        Command(
-            name="doctor",
-            summary="what this machine can do, and how to get the rest",
-            about="""
-            Looks at the interpreter, torch, processor, GPU, video codecs, simulators, disk, memory, the page's port,
-            browser and compilers. Under each thing that is missing stands the line that gets it. The exit status is 0
-            unless something needed is broken, then 1.
-            """,
-            examples=(("worldline doctor", "look at this machine"),),
-            run=_doctor,
-        ),
-        Command(
-            name="list",
-            summary="simulators, shipped worlds, presets, and the datasets and runs found here",
-            about="""
-            Lists what there is to work with, with sizes and headline results. Datasets are looked for in
-            FOLDER/datasets and runs in FOLDER/runs; FOLDER is the working directory unless given.
-            """,
-            examples=(("worldline list", "everything here"), ("worldline list ~/experiments", "another place")),
-            run=_list,
-            path="folder",
-        ),
-        Command(
-            name="collect",
-            summary="episodes from a simulator, as a LeRobot v3 dataset",
-            about="""
-            Runs a simulator with a policy that explores well, in several processes, and writes a LeRobot v3.0 dataset:
-            video, actions and the simulator's true state. Episode i depends on (seed, i) only. An interrupted run goes
-            on where it stopped when the same command is given again.
-            """,
-            examples=(
-                ("worldline collect env=pusht", "PushT at 25 Hz, into datasets/pusht"),
-                ("worldline collect env=two_room episodes=40", "a small dataset of the small world"),
-            ),
-            run=_collect,
-            config="worldline.data.collect:CollectConfig",
-            kept="Finished episodes stay in {path}.partial; the same command goes on from there.",
-        ),
-        Command(
-            name="train",
-            summary="a world model from a dataset; resumable to the sample",
-            about="""
-            Trains a world model: an encoder held by pixels, dynamics over long latent rollouts, a decoder. Writes
-            checkpoints and metrics into a run directory, atomically. The same command goes on after an interruption,
-            on a CPU to the same bits.
-
-            data= takes a preset or any LeRobot v3 dataset with a camera and actions.
-            """,
-            examples=(
-                ("worldline train model=tiny data=pusht", "the default world on PushT"),
-                ("worldline train data=/data/my_robot joint.steps=4000", "any LeRobot v3 dataset, by its path"),
-            ),
-            run=_train,
-            config="worldline.train.config:TrainConfig",
-            kept="The last checkpoint stays in {path}; the same command goes on from there.",
-        ),
-        Command(
-            name="replay",
-            summary="what a recording holds; with --verify, proof that it repeats to the bit",
-            about="""
-            Shows a recording's header. With --verify the session is played again from its actions on the checkpoint
-            that made it, and every picture and state is compared by hash. The exit status is 0 if all are equal, and 1
-            with the first frame that differs. A file cut short is compared as far as it goes.
-            """,
-            examples=(
-                ("worldline replay recordings/session.wlr --verify", "compare every frame"),
-                ("worldline replay session.wlr checkpoint=runs/mine", "a checkpoint that lies elsewhere now"),
-            ),
-            run=_replay,
-            config="worldline.cli:ReplayConfig",
-            path="file",
-            path_required=True,
-            flags={"--verify": "Play it again and compare every frame."},
-        ),
-    )
-}

@@ -61,11 +61,14 @@ def runs(root: Path) -> list[Entry]:
 
 
 def headline(result: Mapping[str, Any]) -> str:
-    """Return a result's headline in words, or that there is none."""
-    line = result.get("headline")
-    if isinstance(line, str):
-        return line
-    return "not evaluated"
+    """Return the result on a checkpoint's card in words."""
+    if "h_star" not in result:
+        return "not evaluated"
+    longest = max(result["hri"], key=int, default=None)
+    worth = f"HRI_{longest} {result['hri'][longest]:.2f}, " if longest and result["hri"][longest] is not None else ""
+    ended = f", ended by {result['h_star_ended_by']}" if result.get("h_star_ended_by") else ""
+    reach = f"{worth}H* {result['h_star']} steps ({result['h_star_seconds']:.1f} s{ended})"
+    return reach if result["valid"] else f"invalid verdict; {reach}"
 
 
 def _described(path: Path, describe: Callable[[Path], str]) -> Entry:
@@ -92,11 +95,8 @@ def _dataset_facts(path: Path) -> str:
 
 def _run_facts(path: Path) -> str:
     checkpoint = path / "best" if (path / "best/world.json").exists() else path / "last"
-    results = sorted(path.glob("**/result.json"), key=lambda file: file.stat().st_mtime)
-    facts = _world_facts(checkpoint)
-    if results:
-        facts = f"{facts.split(';')[0]}; {headline(read_json(results[-1]))}"
-    return facts
+    unfinished = "" if (path / "result.json").exists() else "unfinished; "
+    return unfinished + _world_facts(checkpoint)
 
 
 def _simulator(name: str) -> tuple[str, str]:

@@ -1,0 +1,21 @@
+# The worldline page on a CPU: docker build -t worldline . && docker run --rm -p 8765:8765 worldline
+# The address with its token is printed by the container; without the token the page refuses.
+FROM python:3.12-slim-bookworm
+
+# OpenCV, which draws the true PushT world, links these two.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends libgl1 libglib2.0-0 \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /app
+COPY constraints.txt pyproject.toml README.md LICENSE ./
+RUN pip install --no-cache-dir --constraint constraints.txt \
+    --extra-index-url https://download.pytorch.org/whl/cpu torch
+COPY src ./src
+RUN pip install --no-cache-dir --constraint constraints.txt ".[envs]" \
+    && useradd --create-home worldline
+USER worldline
+WORKDIR /home/worldline
+EXPOSE 8765
+ENTRYPOINT ["worldline"]
+CMD ["play", "host=0.0.0.0", "port=8765"]

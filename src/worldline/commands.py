@@ -1,0 +1,302 @@
+"""What each command of `worldline` teaches and does. Whatever is heavy is imported when a command runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DEFAULT_PORT = 8765
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command: what its help teaches and what runs."""
+
+    name: str
+    summary: str
+    about: str
+    examples: tuple[tuple[str, str], ...]
+    """Command lines, each with what it does."""
+    run: Callable[[Any, set[str]], int]
+    """Takes the config (or the PATH, for a command without options) and the flags; returns the exit status."""
+    config: str = ""
+    """The dataclass of its options, as "module:Class"; empty for a command without options."""
+    path: str = ""
+    """The option that PATH sets, or the word for PATH in a command without options."""
+    path_required: bool = False
+    flags: dict[str, str] = field(default_factory=dict)
+    kept: str = ""
+    """What an interrupted run leaves behind, with the config's fields in braces."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """What to replay."""
+
+    file: Path
+    """The recording."""
+    checkpoint: str | None = None
+    """The world to replay it on: a checkpoint, a run, or a shipped name; null for the one named in the recording."""
+
+
+def wrote(path: Path, started: float) -> None:
+    """Say what a command wrote: files, bytes, seconds since `started` (`time.monotonic`)."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
+    size = sum(file.stat().st_size for file in files)
+    plural = "file" if len(files) == 1 else "files"
+    print(f"wrote {path}: {len(files)} {plural}, {size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s")
+
+
+def _doctor(path: str, flags: set[str]) -> int:
+    from worldline.doctor import examine, report
+
+    checks = examine(DEFAULT_PORT)
+    print(report(checks))
+    return 1 if any(check.state == "broken" for check in checks) else 0
+
+
+def _list(path: str, flags: set[str]) -> int:
+    from worldline.listing import listing
+
+    print(listing(Path(path or ".")))
+    return 0
+
+
+def _collect(config: Any, flags: set[str]) -> int:
+    from worldline.data.collect import collect
+
+    started = time.monotonic()
+    path = collect(config)
+    wrote(path, started)
+    print(f"next: worldline train data={path}")
+    return 0
+
+
+def _train(config: Any, flags: set[str]) -> int:
+    from worldline.checkpoints import add_starts
+    from worldline.train.loop import train
+
+    started = time.monotonic()
+    path = train(config)
+    add_starts(path)
+    wrote(path, started)
+    print(f"next: worldline evaluate {path}")
+    return 0
+
+
+def _references(path: str, flags: set[str]) -> int:
+    from worldline.data.lerobot import open_dataset
+    from worldline.train.references import make_references
+
+    started = time.monotonic()
+    wrote(make_references(open_dataset(path)), started)
+    return 0
+
+
+def _evaluate(config: Any, flags: set[str]) -> int:
+    from worldline.checkpoints import add_result
+    from worldline.data.lerobot import open_dataset
+    from worldline.evaluate.run import evaluate
+    from worldline.model.references import CARD, DIRECTORY
+    from worldline.train.references import make_references
+
+    started = time.monotonic()
+    dataset = open_dataset(config.data)
+    if not (dataset.path / DIRECTORY / CARD).exists():
+        print(f"{dataset.path} has no reference pack yet; making it, once")
+        make_references(dataset)
+    out = evaluate(config)
+    add_result(config.checkpoint, out)
+    wrote(out, started)
+    print(f"open {out}/report.html; next: worldline play {config.checkpoint}")
+    return 0
+
+
+def _play(config: Any, flags: set[str]) -> int:
+    from worldline.checkpoints import add_starts
+    from worldline.serve.app import serve
+
+    if config.checkpoint:
+        add_starts(config.checkpoint)
+    serve(config)
+    return 0
+
+
+def _replay(config: Any, flags: set[str]) -> int:
+    from worldline.core.progress import progress
+    from worldline.engine.recording import Recording
+    from worldline.engine.replay import verify
+    from worldline.engine.workloads.latent import LatentWorkload
+
+    recording = Recording(config.file)
+    made_by = recording.header.fingerprint
+    print(f"{config.file}: {recording.frames} frames at {recording.header.fps:g} FPS", end="")
+    print("" if recording.complete else f" (incomplete, {recording.frames} frames)")
+    for key, value in made_by.items():
+        print(f"  {key:<10}  {value}")
+    if "--verify" not in flags:
+        print(f"next: worldline replay {config.file} --verify")
+        return 0
+    workload = LatentWorkload.open(config.checkpoint or made_by.get("checkpoint", ""))
+    with progress("verify", recording.frames) as task:
+        verdict = verify(config.file, workload, lambda done, total: task.advance(1))
+    print(verdict)
+    return 0 if verdict.ok else 1
+
+
+def _quickstart(config: Any, flags: set[str]) -> int:
+    from worldline.quickstart import quickstart
+
+    quickstart(config)
+    return 0
+
+
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        Command(
+            name="doctor",
+            summary="what this machine can do, and how to get the rest",
+            about="""
+            Looks at the interpreter, torch, processor, GPU, video codecs, simulators, disk, memory, the page's port,
+            browser and compilers. Under each thing that is missing stands the line that gets it. The exit status is 0
+            unless something needed is broken, then 1.
+            """,
+            examples=(("worldline doctor", "look at this machine"),),
+            run=_doctor,
+        ),
+        Command(
+            name="list",
+            summary="simulators, shipped worlds, presets, and the datasets and runs found here",
+            about="""
+            Lists what there is to work with, with sizes and headline results. Datasets are looked for in
+            FOLDER/datasets and runs in FOLDER/runs; FOLDER is the working directory unless given.
+            """,
+            examples=(("worldline list", "everything here"), ("worldline list ~/experiments", "another place")),
+            run=_list,
+            path="folder",
+        ),
+        Command(
+            name="quickstart",
+            summary="collect, train, evaluate and play a small world, in minutes",
+            about="""
+            Goes the whole way with one command: episodes from a simulator, the reference pack of the dataset, a world
+            model, its evaluation, and the world in a browser. Each stage that is finished is kept and used again, so an
+            interrupted quickstart goes on where it stopped.
+            """,
+            examples=(
+                ("worldline quickstart", "two_room, at most 6 minutes on two cores"),
+                ("worldline quickstart world=pusht", "PushT, at most 12 minutes on two cores"),
+                ("worldline quickstart play=false", "end after the evaluation, for scripts"),
+            ),
+            run=_quickstart,
+            config="worldline.quickstart:QuickstartConfig",
+            kept="Finished stages stay in {folder}; the same command goes on from there.",
+        ),
+        Command(
+            name="collect",
+            summary="episodes from a simulator, as a LeRobot v3 dataset",
+            about="""
+            Runs a simulator with a policy that explores well, in several processes, and writes a LeRobot v3.0 dataset:
+            video, actions and the simulator's true state. Episode i depends on (seed, i) only. An interrupted run goes
+            on where it stopped when the same command is given again.
+            """,
+            examples=(
+                ("worldline collect env=pusht", "PushT at 25 Hz, into datasets/pusht"),
+                ("worldline collect env=two_room episodes=40", "a small dataset of the small world"),
+            ),
+            run=_collect,
+            config="worldline.data.collect:CollectConfig",
+            kept="Finished episodes stay in {path}.partial; the same command goes on from there.",
+        ),
+        Command(
+            name="train",
+            summary="a world model from a dataset; resumable to the sample",
+            about="""
+            Trains a world model: first encoder, dynamics and decoder together on pictures, then the dynamics alone over
+            long latent rollouts. Writes checkpoints and metrics into a run directory, atomically. The same command goes
+            on after an interruption, on a CPU to the same bits.
+
+            data= takes a preset or any LeRobot v3 dataset with a camera and actions.
+            """,
+            examples=(
+                ("worldline train model=tiny data=pusht", "the default world on PushT"),
+                ("worldline train data=/data/my_robot joint.steps=4000", "any LeRobot v3 dataset, by its path"),
+            ),
+            run=_train,
+            config="worldline.train.config:TrainConfig",
+            kept="The last checkpoint stays in {path}; the same command goes on from there.",
+        ),
+        Command(
+            name="references",
+            summary="the reference pack of a dataset, which evaluate measures against",
+            about="""
+            Trains a supervised encoder, which says which factors of the true state can be seen in the pictures at all,
+            and a forecaster that knows the actions only. Made once for a dataset and stored beside it; evaluate makes
+            it when it is missing.
+            """,
+            examples=(("worldline references datasets/pusht", "write datasets/pusht/references"),),
+            run=_references,
+            path="dataset",
+            path_required=True,
+        ),
+        Command(
+            name="evaluate",
+            summary="how far a world can be trusted: drift curves, HRI, H*, report.html",
+            about="""
+            Rolls a world out open loop on held-out episodes with the recorded actions and scores, factor by factor and
+            step by step, what it still knows, against naive forecasts. HRI is the area under the credit curve (0 to 1),
+            H* the last step up to which every factor is still good for half its credit. Writes report.html, which needs
+            no network, and result.json.
+            """,
+            examples=(
+                ("worldline evaluate runs/pusht-tiny", "on the dataset it was trained on"),
+                ("worldline evaluate runs/a compare=runs/b", "and the paired difference to another world"),
+            ),
+            run=_evaluate,
+            config="worldline.evaluate.run:EvaluateConfig",
+            path="checkpoint",
+            path_required=True,
+        ),
+        Command(
+            name="play",
+            summary="a world in your browser: keys in, frames out, every millisecond accounted for",
+            about="""
+            Serves a page on this machine's loopback address. Arrow keys, WASD or the pointer move the agent; beside the
+            imagined world stand the true one (where its simulator is installed), the drift gauge and the ledger of
+            where each frame's time went. Sessions can be recorded and replayed to the bit.
+
+            From another machine: ssh -L 8765:127.0.0.1:8765 USER@HOST, then the same address there.
+            """,
+            examples=(
+                ("worldline play", "the shipped world"),
+                ("worldline play runs/pusht-tiny fps=60", "your own, faster than real time"),
+                ("worldline play host=0.0.0.0", "reachable from other machines, by a token in the address"),
+            ),
+            run=_play,
+            config="worldline.serve.app:PlayConfig",
+            path="checkpoint",
+        ),
+        Command(
+            name="replay",
+            summary="what a recording holds; with --verify, proof that it repeats to the bit",
+            about="""
+            Shows a recording's header. With --verify the session is played again from its actions on the checkpoint
+            that made it, and every picture and state is compared by hash. The exit status is 0 if all are equal, and 1
+            with the first frame that differs. A file cut short is compared as far as it goes.
+            """,
+            examples=(
+                ("worldline replay recordings/session.wlr --verify", "compare every frame"),
+                ("worldline replay session.wlr checkpoint=runs/mine", "a checkpoint that lies elsewhere now"),
+            ),
+            run=_replay,
+            config="worldline.commands:ReplayConfig",
+            path="file",
+            path_required=True,
+            flags={"--verify": "Play it again and compare every frame."},
+        ),
+    )
+}
