@@ -12,9 +12,11 @@ from torch import Tensor
 
 from worldline.core.errors import WorldlineError
 
+Film = UInt8[Tensor, "_ h w 3"] | UInt8[np.ndarray, "_ h w 3"]
+
 
 def filmstrip(
-    rows: UInt8[Tensor, "t h w 3"] | UInt8[np.ndarray, "t h w 3"] | Sequence[UInt8[Tensor, "t h w 3"]],
+    films: Film | Sequence[Film],
     *,
     every: int = 10,
     scale: int = 2,
@@ -24,8 +26,8 @@ def filmstrip(
 
     `scale` enlarges by whole pixels; `gap` is the white space between pictures, before scaling.
     """
-    films = [rows] if isinstance(rows, torch.Tensor | np.ndarray) else list(rows)
-    arrays = [np.asarray(film)[::every] for film in films]
+    several = [films] if isinstance(films, torch.Tensor | np.ndarray) else list(films)
+    arrays = [np.asarray(film)[::every] for film in several]
     if not arrays or any(a.shape != arrays[0].shape or a.ndim != 4 for a in arrays):
         raise WorldlineError(f"a filmstrip wants films (t, h, w, 3) of one shape, got {[a.shape for a in arrays]}")
     t, h, w, _ = arrays[0].shape

@@ -1,0 +1,152 @@
+"""The World protocol, for every encoder and predictor."""
+
+import pytest
+import torch
+from toy_world import SPEC, TINY
+
+from worldline.core.errors import WorldlineError
+from worldline.model import State, World, WorldConfig
+
+CONFIGS = {
+    "conv-gru": TINY,
+    "vit-transformer": WorldConfig(
+        image_size=32,
+        latent_dim=24,
+        encoder="vit",
+        vit_width=24,
+        vit_depth=2,
+        predictor="transformer",
+        transformer_width=24,
+        transformer_depth=2,
+        window=5,
+        decoder_width=8,
+        latent_norm=False,
+    ),
+}
+
+
+def make_world(name: str) -> World:
+    torch.manual_seed(3)
+    world = World(CONFIGS[name], SPEC).eval()
+    for parameter in world.predictor.parameters():  # zeros, as in AdaLN-zero, would hide what does not reach the output
+        torch.nn.init.normal_(parameter, std=0.2)
+    return world
+
+
+@pytest.fixture(params=CONFIGS)
+def world(request: pytest.FixtureRequest) -> World:
+    return make_world(request.param)
+
+
+def some(world: World, batch: int = 3, steps: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    z = torch.randn(batch, steps, world.config.latent_dim, generator=generator)
+    return z, 512 * torch.rand(batch, steps, 2, generator=generator)
+
+
+def test_shapes_and_types(world: World) -> None:
+    frames = torch.randint(0, 256, (2, 6, 32, 32, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        z = world.encode(frames)
+        assert z.shape == (2, 6, 24)
+        assert world.encode(frames[0, 0]).shape == (24,)
+        state = world.begin(z[:, :4], torch.zeros(2, 3, 2))
+        assert state.z.shape == (2, 24)
+        z_hat = world.rollout(state, torch.zeros(2, 7, 2))
+        assert z_hat.shape == (2, 7, 24)
+        pictures = world.decode(z_hat)
+        assert pictures.shape == (2, 7, 32, 32, 3)
+        assert pictures.dtype == torch.uint8
+        soft = world.decode_float(z_hat)
+        assert soft.min() >= 0
+        assert soft.max() <= 1
+        assert torch.equal((soft * 255).round().to(torch.uint8), pictures)
+
+
+def test_encode_is_deterministic_and_sees_every_row_alone(world: World) -> None:
+    frames = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        together = world.encode(frames)
+        assert torch.equal(together, world.encode(frames))
+        for i in range(5):
+            torch.testing.assert_close(world.encode(frames[i]), together[i], rtol=1e-5, atol=1e-5)
+
+
+def test_rollout_is_repeated_step_to_the_bit(world: World) -> None:
+    z, actions = some(world)
+    state = world.begin(z[:, :4], actions[:, :3])
+    z_hat = world.rollout(state, actions[:, 3:])
+    for i in range(actions.shape[1] - 3):
+        state = world.step(state, actions[:, 3 + i])
+        assert torch.equal(state.z, z_hat[:, i])
+
+
+def test_begin_is_the_fold_of_step_and_observe(world: World) -> None:
+    z, actions = some(world)
+    state = world.begin(z[:, :1], actions[:, :0])
+    for i in range(3):
+        state = world.observe(world.step(state, actions[:, i]), z[:, i + 1])
+    begun = world.begin(z[:, :4], actions[:, :3])
+    assert torch.equal(state.z, begun.z)
+    assert all(torch.equal(a, b) for a, b in zip(state.memory, begun.memory, strict=True))
+
+
+def test_teacher_forcing_in_one_go_equals_step_and_observe(world: World) -> None:
+    z, actions = some(world)  # 12 steps, beyond the transformer's window of 5
+    at_once = world.teacher_forced(z, actions)
+    for i in range(z.shape[1]):
+        state = world.begin(z[:, : i + 1], actions[:, :i])
+        torch.testing.assert_close(world.step(state, actions[:, i]).z, at_once[:, i], rtol=1e-4, atol=1e-4)
+
+
+def test_batch_rows_do_not_see_each_other(world: World) -> None:
+    z, actions = some(world)
+    z_hat = world.rollout(world.begin(z[:, :4], actions[:, :3]), actions[:, 3:])
+    other = z.clone()
+    other[1:] += 1.0
+    again = world.rollout(world.begin(other[:, :4], actions[:, :3]), actions[:, 3:])
+    torch.testing.assert_close(again[0], z_hat[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(again[1], z_hat[1])
+
+
+def test_state_is_all_that_the_next_step_depends_on(world: World) -> None:
+    z, actions = some(world)
+    state = world.begin(z[:, :4], actions[:, :3])
+    copied = State(state.z.clone(), tuple(part.clone() for part in state.memory))
+    world.rollout(state, actions)  # whatever happens in between
+    assert torch.equal(world.step(copied, actions[:, 4]).z, world.step(state, actions[:, 4]).z)
+    assert [part.shape for part in world.step(state, actions[:, 4]).memory] == [part.shape for part in state.memory]
+
+
+def test_the_past_and_the_action_matter(world: World) -> None:
+    z, actions = some(world)
+    state = world.begin(z[:, :4], actions[:, :3])
+    forgetful = State(state.z, world.begin(z[:, :1], actions[:, :0]).memory)
+    assert not torch.allclose(world.step(state, actions[:, 3]).z, world.step(forgetful, actions[:, 3]).z)
+    assert not torch.allclose(world.step(state, actions[:, 3]).z, world.step(state, actions[:, 3] + 100).z)
+
+
+def test_actions_are_in_native_units() -> None:
+    world = make_world("conv-gru")
+    z, actions = some(world)
+    before = world.step(world.begin(z[:, :1], actions[:, :0]), actions[:, 0]).z
+    world.set_action_statistics(world.action_mean / 2, world.action_std / 2)
+    torch.testing.assert_close(
+        world.step(world.begin(z[:, :1], actions[:, :0]), actions[:, 0] / 2).z, before, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_wrong_pictures_are_refused(world: World) -> None:
+    with pytest.raises(WorldlineError, match=r"\(\.\.\., 32, 32, 3\), got uint8 \(1, 64, 64, 3\)"):
+        world.encode(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))
+    z, actions = some(world)
+    with pytest.raises(WorldlineError, match="one action fewer"):
+        world.begin(z[:, :4], actions[:, :4])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"image_size": 50}, {"encoder": "mlp"}, {"context": 0}, {"vit_width": 100}, {"window": 1}]
+)
+def test_wrong_configurations_are_refused(wrong: dict) -> None:
+    with pytest.raises((WorldlineError, TypeError)):  # the type checker of the tests may be the first to see it
+        WorldConfig(**wrong)
