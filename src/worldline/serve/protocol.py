@@ -154,11 +154,11 @@ def unpack(data: bytes | bytearray) -> FrameMessage:
         raise ProtocolError(f"expected a frame message of version {VERSION}, got {magic!r} version {version}")
     frame_id, chain, input_time, input_frame, busy, period, dropped, missed = values[4:12]
     width, height, truth_side, radius, cycle, error, target_x, target_y = values[12:]
-    spans = struct.unpack_from(f"<{num_spans + 1}I", data, _HEADER.size)
     start = _HEADER.size + 4 * (num_spans + 1)
     sizes = (3 * width * height, 3 * truth_side**2)
     if len(data) != start + sum(sizes):
         raise ProtocolError(f"expected {start + sum(sizes)} bytes, got {len(data)}")
+    spans = struct.unpack_from(f"<{num_spans + 1}I", data, _HEADER.size)
     pixels = np.frombuffer(data, np.uint8)[start:]
     return FrameMessage(
         flags=Flag(flags),

@@ -16,6 +16,10 @@ const COLOURS = {
 };
 const GREYS = ["#8a95a3", "#5f6b7a", "#aab3bf", "#46515e"];
 
+// Spans too short to be read one by one are shown together; the wire and the replay tools keep them apart.
+const TOGETHER = { event: "step", hash: "log", record: "log", ledger: "log" };
+const LOG_TITLE = "hash chain, replay file and this table's own row";
+
 export class Percentiles {
   constructor(size) {
     this.values = new Float64Array(size);
@@ -40,13 +44,11 @@ export class Percentiles {
 
 function chart(canvas) {
   const context = canvas.getContext("2d");
-  const height = canvas.clientHeight || canvas.height;
   const scale = Math.max(1, devicePixelRatio);
-  const width = canvas.clientWidth;
+  const { clientWidth: width, clientHeight: height } = canvas;
   if (canvas.width !== Math.round(width * scale)) {
     canvas.width = Math.round(width * scale);
     canvas.height = Math.round(height * scale);
-    canvas.style.height = `${height}px`;
   }
   context.setTransform(scale, 0, 0, scale, 0, 0);
   context.clearRect(0, 0, width, height);
@@ -73,19 +75,24 @@ export class LedgerView {
   }
 
   begin(stages) {
-    this.names = [...stages.map(({ name }) => name), "unattributed"];
+    this.names = [...new Set(stages.map(({ name }) => TOGETHER[name] ?? name)), "unattributed"];
+    this.row = [...stages.map(({ name }) => TOGETHER[name] ?? name), "unattributed"].map((name) => this.names.indexOf(name));
     let grey = 0;
     this.colours = this.names.map((name) => COLOURS[name] ?? GREYS[grey++ % GREYS.length]);
-    this.theme();
     this.spans = this.names.map(() => new Percentiles(RING));
     this.busy = new Percentiles(RING);
     this.history = [];
     this.bar.replaceChildren(...this.names.map(() => document.createElement("i")));
-    const titles = [...stages.map(({ title }) => title), "busy time that no stage explains; it is shown, never hidden"];
+    const titles = {
+      ...Object.fromEntries(stages.map(({ name, title }) => [name, title])),
+      log: LOG_TITLE,
+      unattributed: "busy time that no stage explains; it is shown, never hidden",
+      busy: "from the beginning of a frame to its end, the sleep that keeps the pace apart",
+    };
     this.rows = [...this.names, "busy"].map((name, i) => {
       const row = document.createElement("tr");
       const cells = Array.from({ length: 4 }, () => row.insertCell());
-      row.title = titles[i] ?? "from the beginning of a frame to its end, the sleep that keeps the pace apart";
+      row.title = titles[name];
       if (i < this.names.length) cells[0].append(document.createElement("i"));
       else row.className = "total";
       cells[0].append(name);
@@ -102,10 +109,17 @@ export class LedgerView {
   }
 
   add(frame, missed) {
-    frame.spans.forEach((span, i) => this.spans[i].add(span));
+    const spans = new Float64Array(this.names.length);
+    frame.spans.forEach((span, i) => (spans[this.row[i]] += span));
+    spans.forEach((span, i) => this.spans[i].add(span));
     this.busy.add(frame.busy);
-    this.history.push({ spans: frame.spans, missed });
+    this.history.push({ spans, missed });
     if (this.history.length > RING) this.history.shift();
+  }
+
+  // Behind: a quarter of the last 24 frames or more were ready only after their deadline.
+  get behind() {
+    return (this.history ?? []).slice(-24).filter(({ missed }) => missed).length >= 6;
   }
 
   draw(deadline) {

@@ -82,7 +82,7 @@ const handlers = {
   },
   verify({ done, total }) {
     verifying = { done, total };
-    verdict(`verifying ${done.toLocaleString("en")} of ${total.toLocaleString("en")} frames`, "");
+    verdict(total ? `verifying ${done.toLocaleString("en")} of ${total.toLocaleString("en")} frames` : "verifying in another process", "");
   },
   verified({ equal, text }) {
     verifying = null;
@@ -147,7 +147,7 @@ function currentState() {
   if (differs) return "differs";
   if (verifying) return "verifying";
   if (status.state === "replaying") return "replaying";
-  if (status.behind || performance.now() < behindUntil) return "behind";
+  if (ledger.behind || performance.now() < behindUntil) return "behind";
   return status.player ? "live" : "watching";
 }
 
@@ -277,7 +277,7 @@ function paint(now) {
     charted = now;
     set("fps", paints.length.toFixed(1));
     showNumbers(frame);
-    if (shownState === "behind" || status?.behind || behindUntil > time) refresh();
+    if (currentState() !== shownState) refresh();
   }
 }
 
