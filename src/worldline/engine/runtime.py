@@ -108,9 +108,10 @@ class Engine:
             with self._arithmetic():
                 started = time.perf_counter_ns()
                 self.workload.reset(seed, prompt)
+                stopped = time.perf_counter_ns()
                 self._clear_spans()
-                self._spans[1] = (started, time.perf_counter_ns() - started)
-                frame = self._finish(Kind.RESET, struct.pack("<q", seed) + text, begin, 0)
+                self._spans[1] = (started, stopped - started)
+                frame = self._finish(Kind.RESET, struct.pack("<q", seed) + text, begin, 0, stopped)
             self.ledger.close()
             return frame
 
@@ -132,12 +133,14 @@ class Engine:
             self._clear_spans()
             self._ready = False
             with self._arithmetic():
-                self._spans[0] = (begin, time.perf_counter_ns() - begin)
+                started = time.perf_counter_ns()
+                self._spans[0] = (begin, started - begin)
                 for column, run in enumerate(self._runs, start=2):
-                    started = time.perf_counter_ns()
                     run()
-                    self._spans[column] = (started, time.perf_counter_ns() - started)
-                frame = self._finish(Kind.STEP, cause, begin, deadline_ns)
+                    stopped = time.perf_counter_ns()
+                    self._spans[column] = (started, stopped - started)
+                    started = stopped
+                frame = self._finish(Kind.STEP, cause, begin, deadline_ns, started)
             self.ledger.close()
             return frame
 
@@ -161,9 +164,10 @@ class Engine:
             with self._arithmetic():
                 started = time.perf_counter_ns()
                 workload.anchor(frame)
+                stopped = time.perf_counter_ns()
                 self._clear_spans()
-                self._spans[1] = (started, time.perf_counter_ns() - started)
-                corrected = self._finish(Kind.ANCHOR, frame.tobytes(), begin, 0)
+                self._spans[1] = (started, stopped - started)
+                corrected = self._finish(Kind.ANCHOR, frame.tobytes(), begin, 0, stopped)
             self.ledger.close()
             return corrected
 
@@ -261,10 +265,9 @@ class Engine:
         finally:
             torch.set_num_threads(before)
 
-    def _finish(self, kind: Kind, cause: bytes, begin: int, deadline: int) -> Frame:
-        """Hash, record and account for the frame that now lies in the buffers; `ledger.close` is left to the caller."""
+    def _finish(self, kind: Kind, cause: bytes, begin: int, deadline: int, started: int) -> Frame:
+        """Hash, record and account for the frame in the buffers, from `started` on; the caller closes the ledger."""
         clock, column = time.perf_counter_ns, 2 + len(self._runs)
-        started = clock()
         self._id += 1
         picture = hashlib.blake2b(self._picture.data, digest_size=HASH_BYTES).digest()
         digest = hashlib.blake2b(self._chain, digest_size=HASH_BYTES)
@@ -278,9 +281,10 @@ class Engine:
             started = clock()
             self._record(self._recorder, kind, cause, picture)
             self._spans[column + 1] = (started, clock() - started)
-        gauge = dict(zip(self.workload.gauge_names, self.workload.gauge.tolist(), strict=True))
+        readings = self.workload.gauge.tolist()
         self.ledger.write(self._id, begin, deadline, self._spans)
         spans = {name: span[1] for name, span in zip(self.ledger.stages, self._spans, strict=False)}
+        gauge = dict(zip(self.workload.gauge_names, readings, strict=True))
         return Frame(self._id, self._picture, picture, self._chain, spans, gauge)
 
     def _record(self, recorder: Recorder, kind: Kind, cause: bytes, picture: bytes) -> None:
