@@ -52,7 +52,7 @@ def reliability_chart(figures: dict[str, Any], step_seconds: float) -> str:
     """Draw R_f(h) of every factor with its naive forecasts, the credit area, the encoder's limit and H*."""
     factors, star = figures["factors"], figures["verdict"]["h_star"]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10.4, 0.55 + 2.75 * len(factors)), layout="constrained")
+        figure = Figure(figsize=(10.4, max(0.6 + 2.5 * len(factors), 4.2)), layout="constrained")
         axes = figure.subplots(len(factors), 1, sharex=True, squeeze=False)[:, 0]
         for ax, (name, factor) in zip(axes, factors.items(), strict=True):
             _factor(ax, name, factor, star)

@@ -28,7 +28,7 @@ class Scene:
 
 
 def filmstrip(scene: Scene, size: int = 160) -> Image.Image:
-    """Draw truth above imagination at h = 0, 10, 25, 50, 75, 100, at twice the size that it is meant to be seen at."""
+    """Draw truth above imagination at h = 0, 10, 25, 50, 75, 100."""
     marks = [h for h in MARKS if h < len(scene.truth)]
     gap, left, top = 8, 150, 38
     strip = Image.new("RGB", (left + len(marks) * (size + gap) + gap, top + 2 * (size + gap) + gap), _PAPER)
@@ -41,10 +41,10 @@ def filmstrip(scene: Scene, size: int = 160) -> Image.Image:
         draw.text((gap + 16, y + size // 2), label, font=font, fill=_INK, anchor="lm")
         for column, h in enumerate(marks):
             x = left + column * (size + gap)
-            strip.paste(_scaled(frames[h], size), (x, y))
+            strip.paste(scaled(frames[h], size), (x, y))
             if row == 0:
                 text = f"{h * scene.step_seconds:.1f} s" if h else "now"
-                draw.text((x, top // 2), f"h = {h}" if h else "h = 0", font=font, fill=_INK, anchor="lm")
+                draw.text((x, top // 2), f"h = {h}", font=font, fill=_INK, anchor="lm")
                 draw.text((x + size, top // 2), text, font=font, fill="#6a737d", anchor="rm")
     return strip
 
@@ -52,13 +52,14 @@ def filmstrip(scene: Scene, size: int = 160) -> Image.Image:
 def moving_picture(scene: Scene, size: int = 224) -> bytes:
     """Return a GIF of truth (left) beside imagination (right) at the world's pace, held for a second at the end."""
     border = 5
+    colours = (TRUTH, IMAGINED)
     frames = []
     for truth, imagined in zip(scene.truth, scene.imagined, strict=True):
-        frame = Image.new("RGB", (2 * (size + 2 * border) + border, size + 2 * border), _PAPER)
-        for side, (picture, colour) in enumerate(((truth, TRUTH), (imagined, IMAGINED))):
-            x = side * (size + 3 * border)
+        frame = Image.new("RGB", (2 * (size + 2 * border), size + 2 * border), _PAPER)
+        for side, (picture, colour) in enumerate(zip((truth, imagined), colours, strict=True)):
+            x = side * (size + 2 * border)
             ImageDraw.Draw(frame).rectangle((x, 0, x + size + 2 * border - 1, size + 2 * border - 1), fill=colour)
-            frame.paste(_scaled(picture, size), (x + border, border))
+            frame.paste(scaled(picture, size), (x + border, border))
         frames.append(frame)
     # one palette for all frames, so that colours do not flicker
     palette = frames[0].quantize(128)
@@ -70,7 +71,15 @@ def moving_picture(scene: Scene, size: int = 224) -> bytes:
     return data.getvalue()
 
 
-def _scaled(frame: UInt8[np.ndarray, "h w 3"], size: int) -> Image.Image:
+def as_png(image: Image.Image) -> bytes:
+    """Return an image's PNG file."""
+    data = io.BytesIO()
+    image.save(data, "PNG", optimize=True)
+    return data.getvalue()
+
+
+def scaled(frame: UInt8[np.ndarray, "h w 3"], size: int) -> Image.Image:
+    """Return a frame as an image of `size` pixels square."""
     return Image.fromarray(frame).resize((size, size), Image.Resampling.LANCZOS)
 
 

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import base64
-import io
+import re
 import shlex
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from worldline.core.files import atomic_path, write_bytes
+from worldline.core.files import write_bytes
 from worldline.evaluate.charts import latent_chart, reliability_chart
 from worldline.evaluate.figures import headline
-from worldline.evaluate.pictures import Scene, filmstrip, moving_picture
+from worldline.evaluate.pictures import MARKS, Scene, as_png, filmstrip, moving_picture, scaled
 from worldline.evaluate.style import CSS
 
 
 def write_report(out: Path, figures: dict[str, Any], scene: Scene) -> None:
     """Write `report.html`, `filmstrip.png` and `rollout.gif` into `out`."""
-    strip = filmstrip(scene)
-    with atomic_path(out / "filmstrip.png") as temporary:
-        strip.save(temporary, "PNG", optimize=True)
+    write_bytes(out / "filmstrip.png", as_png(filmstrip(scene)))
     gif = moving_picture(scene)
     write_bytes(out / "rollout.gif", gif)
-    data = io.BytesIO()
-    strip.save(data, "PNG", optimize=True)
-    html = render(figures, scene, png=data.getvalue(), gif=gif)
-    write_bytes(out / "report.html", html.encode())
+    write_bytes(out / "report.html", render(figures, scene, gif).encode())
 
 
-def render(figures: dict[str, Any], scene: Scene, *, png: bytes, gif: bytes) -> str:
+def render(figures: dict[str, Any], scene: Scene, gif: bytes) -> str:
     """Return the page."""
     verdict = figures["verdict"]
     name = escape(figures["dataset"]["name"])
@@ -47,9 +42,7 @@ def render(figures: dict[str, Any], scene: Scene, *, png: bytes, gif: bytes) -> 
             "Truth beside imagination",
             f"Test episode {scene.episode}, from frame {scene.start}: of the windows in which most factors moved, the "
             "one of median latent error. After h = 0 the model sees actions only.",
-            f'<div class="pictures"><img class="strip" src="{_uri("png", png)}" alt="truth above imagination at h = 0, '
-            f'10, 25, 50, 75, 100"><img class="gif" src="{_uri("gif", gif)}" alt="truth left, imagination right, '
-            'moving"></div>',
+            _pictures(scene, gif),
         ),
         _section("By factor", "", _factor_table(figures)),
         _section(
@@ -68,6 +61,8 @@ def render(figures: dict[str, Any], scene: Scene, *, png: bytes, gif: bytes) -> 
         _section("Again", "Everything in result.json but timing and provenance repeats.", _reproduce(figures))
     )
     state = "valid" if verdict["valid"] else "invalid"
+    sentence = escape(headline(figures).removeprefix("Invalid: "))
+    sentence = re.sub(r"HRI_(\d+)", r"HRI<sub>\1</sub>", sentence[0].upper() + sentence[1:])
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -75,7 +70,7 @@ def render(figures: dict[str, Any], scene: Scene, *, png: bytes, gif: bytes) -> 
         f'<p class="kicker">worldline &middot; evaluation &middot; {name} &middot; weights '
         f"{figures['model']['weights_sha256'][:12]} "
         f"&middot; {figures['model']['parameters'] / 1e6:.2f} M parameters</p>"
-        f'<h1><span class="chip {state}">{state}</span> {escape(headline(figures))}</h1>'
+        f'<h1><span class="chip {state}">{state}</span> {sentence}</h1>'
         f"{''.join(sections)}</main></body></html>\n"
     )
 
@@ -117,6 +112,21 @@ def _cards(verdict: dict[str, Any]) -> str:
         for label, value, below, title in cards
     )
     return f'<div class="cards">{boxes}</div>'
+
+
+def _pictures(scene: Scene, gif: bytes) -> str:
+    marks = [h for h in MARKS if h < len(scene.truth)]
+    cells = ["<i></i>"]
+    cells += [f"<span>h = {h} <small>{h * scene.step_seconds:.1f} s</small></span>" for h in marks]
+    for kind, label, frames in (("truth", "truth", scene.truth), ("dream", "imagination", scene.imagined)):
+        cells.append(f'<b class="{kind}">{label}</b>')
+        cells += [f'<img alt="{label} at h = {h}" src="{_uri("png", as_png(scaled(frames[h], 256)))}">' for h in marks]
+    columns = f"style='grid-template-columns: auto repeat({len(marks)}, 1fr)'"
+    return (
+        f'<div class="strip" {columns}>{"".join(cells)}</div>'
+        f'<img class="gif" src="{_uri("gif", gif)}" alt="truth (left) beside imagination (right), moving">'
+        '<p class="under"><b class="truth">truth</b> <b class="dream">imagination</b></p>'
+    )
 
 
 def _factor_table(figures: dict[str, Any]) -> str:
@@ -196,7 +206,7 @@ def _compare_table(figures: dict[str, Any]) -> str:
 
 def _reproduce(figures: dict[str, Any]) -> str:
     config = figures["config"]
-    words = ["worldline", "evaluate", config["checkpoint"], f"dataset={config['dataset']}"]
+    words = ["worldline", "evaluate", config["checkpoint"], f"data={config['data']}"]
     words += [
         f"{key}={config[key]}" for key in ("horizon", "windows", "seed", "twin", "compare") if config[key] is not None
     ]

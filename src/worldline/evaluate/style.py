@@ -39,13 +39,14 @@ h2 { font-size: 18px; margin: 0 0 4px; }
 section { padding: 20px 22px; margin-bottom: 18px; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-family: inherit !important; }
-.pictures {
-  display: flex; flex-wrap: wrap; gap: 16px;
-  align-items: center; background: #fff; border-radius: 8px; padding: 10px;
-}
-.pictures img { max-width: 100%; height: auto; }
-.strip { width: 100%; }
-.gif { margin: 0 auto; width: 478px; image-rendering: auto; }
+.strip { display: grid; gap: 8px; align-items: center; }
+.strip img { width: 100%; display: block; border-radius: 4px; }
+.strip span { font-size: 14px; }
+b.truth, b.dream { font-weight: 600; font-size: 14px; border-left: 5px solid; padding-left: 8px; margin-right: 14px; }
+b.truth { color: var(--truth); }
+b.dream { color: var(--dream); }
+.gif { display: block; margin: 22px auto 6px; max-width: 100%; border-radius: 6px; }
+.under { text-align: center; margin: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }

@@ -67,7 +67,7 @@ def load_references(dataset: str | Path, fingerprint: str, spec: WorldSpec) -> R
         WorldlineError: there is none, it belongs to other data, or a file has changed.
     """
     folder = Path(dataset) / DIRECTORY
-    remedy = "`worldline evaluate` makes it first, from Python it is worldline.train.references.make_references"
+    remedy = f"make it with: worldline references {dataset}"
     if not (folder / CARD).exists():
         raise WorldlineError(f"{folder}: expected the dataset's reference pack, found none; {remedy}")
     card = read_json(folder / CARD)

@@ -1,0 +1,137 @@
+"""From a small dataset and two untrained worlds to result and report: the whole way, twice the same figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from worldline.core.errors import WorldlineError
+from worldline.core.files import read_json
+from worldline.data.collect import CollectConfig, collect
+from worldline.data.lerobot import Dataset, open_dataset
+from worldline.evaluate.run import EvaluateConfig, evaluate
+from worldline.evaluate.windows import choose_windows
+from worldline.model.checkpoint import save_world
+from worldline.model.references import ACTIONS_ONLY, CARD, load_references
+from worldline.model.world import World, WorldConfig
+from worldline.train.references import ReferencesConfig, make_references
+
+QUICK = ReferencesConfig(encoder_updates=150, encoder_batch=32, actions_updates=20, actions_batch=16, horizon=20)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    path = tmp_path_factory.mktemp("evaluate") / "rooms"
+    made = open_dataset(collect(CollectConfig(env="two_room", path=str(path), episodes=60, steps=70, workers=1)))
+    make_references(made, QUICK)
+    return made
+
+
+def world_at(path: Path, dataset: Dataset, seed: int) -> str:
+    torch.manual_seed(seed)
+    config = WorldConfig(latent_dim=24, conv_width=8, conv_head=4, hidden=32, decoder_width=4, context=2 + seed)
+    world = World(config, dataset.spec)
+    frames = torch.from_numpy(np.concatenate([dataset.read_episode(i).frames for i in range(3)]))
+    for _ in range(20):  # settles the batch norms
+        world.encode(frames)
+    world.eval()
+    world.gauge.fit(world, world.encode(frames))
+    return str(save_world(path, world, training={}))
+
+
+def without_context(path: Path) -> str:
+    figures = read_json(path / "result.json")
+    assert figures.pop("timing")["seconds"] > 0
+    assert figures.pop("provenance")["command"]
+    assert figures.pop("config")["out"] == str(path)
+    return json.dumps(figures)
+
+
+def test_evaluate_repeats_and_reports(dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, other = world_at(tmp_path / "ours", dataset, 0), world_at(tmp_path / "other", dataset, 1)
+    first, second = (
+        evaluate(
+            EvaluateConfig(
+                checkpoint=ours,
+                data=str(dataset.path),
+                out=str(tmp_path / name),
+                horizon=20,
+                windows=220,
+                draws=100,
+                twin=other,
+                compare=other,
+                train_frames=1500,
+            )
+        )
+        for name in ("one", "two")
+    )
+    assert without_context(first) == without_context(second)
+    figures = read_json(first / "result.json")
+    assert figures["kind"] == "evaluate"
+    assert figures["verdict"]["num_windows"] == 220
+    assert set(figures["factors"]["agent"]["r_naive"]) == {
+        "persistence",
+        "constant velocity",
+        "actions only",
+        "action-free twin",
+        "mean",
+    }
+    assert set(figures["compare"]["hri_difference"]) == {"10"}
+    assert figures["long_rollouts"]["steps"] == 70 - 2
+    assert "H*" in capsys.readouterr().out
+    html = (first / "report.html").read_text()
+    assert "prefers-color-scheme: dark" in html
+    assert not re.search(r"""(src|href)=["']?(http|//|/)""", html), "the page must need no other file"
+    assert "#0072b2" not in html.split("</style>")[1], "figures take their colours from the page"
+    assert (first / "filmstrip.png").stat().st_size > 10_000
+
+
+def test_the_reference_pack_is_kept_and_guarded(dataset: Dataset, tmp_path: Path) -> None:
+    folder = dataset.path / "references"
+    before = (folder / CARD).read_bytes()
+    assert make_references(dataset, QUICK) == folder
+    assert (folder / CARD).read_bytes() == before
+    pack = load_references(dataset.path, dataset.fingerprint, dataset.spec)
+    assert pack.r2["agent"] > 0.8
+    forecast = pack.actions_only(torch.zeros(3, 5, 2))
+    assert forecast.shape == (3, 6, 2)
+    later = pack.actions_only(torch.cat([torch.zeros(3, 3, 2), torch.ones(3, 2, 2)], dim=1))
+    assert torch.equal(forecast[:, :4], later[:, :4]), "the forecast at h has seen the actions before h only"
+    assert not torch.equal(forecast[:, 4:], later[:, 4:])
+    with pytest.raises(WorldlineError, match="belongs to other data"):
+        load_references(dataset.path, "another", dataset.spec)
+    with pytest.raises(WorldlineError, match="worldline references"):
+        load_references(tmp_path, dataset.fingerprint, dataset.spec)
+    weights = folder / ACTIONS_ONLY
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(WorldlineError, match="changed since"):
+        load_references(dataset.path, dataset.fingerprint, dataset.spec)
+    weights.write_bytes(whole)
+
+
+def test_windows_are_held_out_and_spread(dataset: Dataset) -> None:
+    windows = choose_windows(dataset, context=3, horizon=20, count=220)
+    assert set(windows.episodes) <= set(dataset.split("test"))
+    assert len(windows.index) == len({tuple(pair) for pair in windows.index.tolist()}) == 220
+    assert windows.index[:, 1].min() == 2
+    assert windows.index[:, 1].max() + 20 == 69
+    with pytest.raises(WorldlineError, match=r"0 of \d+ test episodes .* horizon 100"):
+        choose_windows(dataset, context=3, horizon=100, count=220)
+    with pytest.raises(WorldlineError, match="asked for 50"):
+        choose_windows(dataset, context=3, horizon=20, count=50)
+
+
+def test_a_world_of_other_actions_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    spec = replace(dataset.spec, action_names=("push",), action_low=(0.0,), action_high=(1.0,))
+    config = WorldConfig(latent_dim=8, conv_width=4, conv_head=2, hidden=8, decoder_width=2)
+    path = save_world(tmp_path / "w", World(config, spec), training={})
+    with pytest.raises(WorldlineError, match="takes 1 actions"):
+        evaluate(EvaluateConfig(checkpoint=str(path), data=str(dataset.path), horizon=20))
