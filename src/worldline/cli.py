@@ -39,13 +39,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(_overview() if len(arguments) < 2 else _help(_command(arguments[1])))
+        print(_overview() if len(arguments) < 2 else _help(_command(" ".join(arguments[1:]))))
         return 0
     if arguments[0] in ("--version", "-V"):
         print(f"worldline {__version__}")
         return 0
-    command = _command(arguments[0])
-    words = arguments[1:]
+    length = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    command = _command(" ".join(arguments[:length]))
+    words = arguments[length:]
     if "--help" in words or "-h" in words:
         print(_help(command))
         return 0
@@ -143,16 +144,25 @@ def _compose(command: Command, overrides: list[str], fixed: Mapping[str, str] | 
 
     from worldline.config import defaults
 
+    problems: list[WorldlineError] = []  # of resolvers: OmegaConf would wrap them in words of its own
+
+    def trained_on(checkpoint: str) -> str:
+        try:
+            return _trained_on(checkpoint)
+        except WorldlineError as error:
+            problems.append(error)
+            return ""
+
     GlobalHydra.instance().clear()
-    ConfigStore.instance().store(name=f"{command.name}_defaults", node=defaults(_load(command.config)))
+    ConfigStore.instance().store(name=f"{_file_stem(command)}_defaults", node=defaults(_load(command.config)))
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose(command.name, overrides, return_hydra_config=True)
+            composed = compose(_file_stem(command), overrides, return_hydra_config=True)
         chosen = dict(composed.hydra.runtime.choices)
         # For default places: ${name:PATH} is the last part of a path, ${preset:GROUP} the preset chosen from a group.
         OmegaConf.register_new_resolver("name", lambda path: Path(path).resolve().name, replace=True)
         OmegaConf.register_new_resolver("preset", lambda group: chosen[group], replace=True)
-        OmegaConf.register_new_resolver("trained_on", _trained_on, replace=True)
+        OmegaConf.register_new_resolver("trained_on", trained_on, replace=True)
         with open_dict(composed):
             del composed["hydra"]
             if command.path in list(composed) and OmegaConf.is_missing(composed, command.path):
@@ -160,11 +170,10 @@ def _compose(command: Command, overrides: list[str], fixed: Mapping[str, str] | 
             composed.update(fixed or {})
         values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, WorldlineError):  # from a resolver
-            raise cause from None
         reason = str(error).strip().splitlines()[0]
         raise WorldlineError(f"{command.name}: cannot read {' '.join(overrides)!r}: {reason}") from None
+    if problems:
+        raise problems[0]
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
@@ -181,11 +190,15 @@ def _trained_on(checkpoint: str) -> str:
     return path
 
 
+def _file_stem(command: Command) -> str:
+    return command.name.replace(" ", "_")
+
+
 def _groups(command: Command) -> dict[str, list[str]]:
     """Return the presets that can be chosen: name of the group -> names of its files."""
     from omegaconf import OmegaConf
 
-    listed = OmegaConf.to_container(OmegaConf.load(CONF / f"{command.name}.yaml"))
+    listed = OmegaConf.to_container(OmegaConf.load(CONF / f"{_file_stem(command)}.yaml"))
     assert isinstance(listed, dict)
     names = [next(iter(entry)) for entry in listed["defaults"] if isinstance(entry, dict)]
     return {name: sorted(file.stem for file in (CONF / name).glob("*.yaml")) for name in names}
@@ -195,13 +208,14 @@ def _groups(command: Command) -> dict[str, list[str]]:
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS))
+    shown = [command for command in COMMANDS.values() if " " not in command.name]
+    width = max(len(command.name) for command in shown)
     lines = [
         "worldline: train latent world models, measure how far each can be trusted, play them, replay them to the bit.",
         "",
         "usage: worldline COMMAND [PATH] [option=value ...] [--flags]",
         "",
-        *(f"  {command.name:<{width}}  {command.summary}" for command in COMMANDS.values()),
+        *(f"  {command.name:<{width}}  {command.summary}" for command in shown),
         "",
         "First steps:",
         "  worldline doctor                 what this machine can do",
@@ -232,11 +246,10 @@ def _help(command: Command) -> str:
 
 
 def _options_help(command: Command, width: int) -> list[str]:
-    from worldline.config import choices, flatten, meanings
+    from worldline.config import choices, flatten
 
-    cls, groups = _load(command.config), _groups(command)
-    values, told, allowed = flatten(_compose(command, [])), meanings(cls), choices(cls)
-    told |= {name: comment for name, comment in _yaml_comments(command.name, groups).items() if not told.get(name)}
+    groups, told = _groups(command), _meanings(command)
+    values, allowed = flatten(_compose(command, [])), choices(_load(command.config))
     lines = []
     if groups:
         lines += ["", "Presets (each sets some of the options below):"]
@@ -246,7 +259,7 @@ def _options_help(command: Command, width: int) -> list[str]:
     rows = []
     first: dict[tuple[str, str], str] = {}
     for name, value in values.items():
-        meaning = told.get(name) or ""
+        meaning = told.get(name, "")
         twin = first.setdefault((name.rsplit(".", 1)[-1], meaning), name)
         if meaning and twin != name:
             meaning = f"As {twin}."
@@ -256,20 +269,34 @@ def _options_help(command: Command, width: int) -> list[str]:
     return [*lines, "", "Options, with their defaults:", *_table(rows, width)]
 
 
-def _yaml_comments(name: str, groups: Mapping[str, list[str]]) -> dict[str, str]:
+def _yaml_comments(command: Command) -> dict[str, str]:
+    """Return what the YAML files say about options; `train.seed` of a command means what `seed` of train means."""
     from worldline.config import comments
 
-    found = comments((CONF / f"{name}.yaml").read_text(encoding="utf-8"))
-    for group, presets in groups.items():
+    found = comments((CONF / f"{_file_stem(command)}.yaml").read_text(encoding="utf-8"))
+    for group, presets in _groups(command).items():
         for preset in presets:
             text = (CONF / group / f"{preset}.yaml").read_text(encoding="utf-8")
             found |= comments(text, at="" if "@package _global_" in text else group)
     return found
 
 
+def _meanings(command: Command) -> dict[str, str]:
+    """Return the meaning of every option: from the dataclass, else from YAML, else from the command it belongs to."""
+    from worldline.config import meanings
+
+    found = {name: text for name, text in meanings(_load(command.config)).items() if text}
+    found = _yaml_comments(command) | found
+    fields = {name.split(".")[0] for name in found}
+    for other in COMMANDS.values():
+        if other.config and other.name in fields and other.name != command.name:
+            found = {f"{other.name}.{name}": text for name, text in _yaml_comments(other).items()} | found
+    return found
+
+
 def _table(rows: Iterable[tuple[str, str]], width: int) -> list[str]:
     rows = list(rows)
-    column = min(max(len(left) for left, _ in rows), 40)
+    column = min(max(len(left) for left, _ in rows), 46)
     lines = []
     for left, right in rows:
         wrapped = textwrap.wrap(right, max(width - column - 4, 30)) or [""]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_PORT = 8765
+BENCHMARKS = ("engine",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +157,25 @@ def _quickstart(config: Any, flags: set[str]) -> int:
     return 0
 
 
+def _bench(name: str, flags: set[str]) -> int:
+    from worldline.core.errors import WorldlineError
+
+    if name:
+        raise WorldlineError(f"no benchmark called {name!r}; there are {', '.join(BENCHMARKS)}")
+    for each in BENCHMARKS:
+        print(f"worldline bench {each}", flush=True)
+        subprocess.run([sys.executable, "-m", "worldline", "bench", each], check=True)
+    return 0
+
+
+def _bench_engine(config: Any, flags: set[str]) -> int:
+    from worldline.bench.engine import run
+
+    started = time.monotonic()
+    wrote(run(config).parent, started)
+    return 0
+
+
 COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
@@ -194,7 +216,7 @@ COMMANDS: dict[str, Command] = {
             ),
             run=_quickstart,
             config="worldline.quickstart:QuickstartConfig",
-            kept="Finished stages stay in {folder}; the same command goes on from there.",
+            kept="Finished stages and the last checkpoint are kept; the same command goes on from there.",
         ),
         Command(
             name="collect",
@@ -297,6 +319,32 @@ COMMANDS: dict[str, Command] = {
             path="file",
             path_required=True,
             flags={"--verify": "Play it again and compare every frame."},
+        ),
+        Command(
+            name="bench",
+            summary="timings of this machine, with what they mean, written to reports/",
+            about="""
+            Without a NAME every benchmark runs with its defaults. Each writes result.json and report.md into
+            reports/DATE-NAME. The names: engine.
+            """,
+            examples=(
+                ("worldline bench", "all of them"),
+                ("worldline bench engine frames=2000", "one, with its own options"),
+                ("worldline bench engine --help", "the options of one"),
+            ),
+            run=_bench,
+            path="name",
+        ),
+        Command(
+            name="bench engine",
+            summary="the frame engine headless: speed, where the time goes, growth, equality of two runs",
+            about="""
+            Plays one session twice, each time in a process of its own: the figures say how long a frame and each of
+            its stages takes, whether memory grows, and whether both runs agree to the bit.
+            """,
+            examples=(("worldline bench engine checkpoint=runs/pusht-tiny", "with a world of your own"),),
+            run=_bench_engine,
+            config="worldline.bench.engine:EngineBenchConfig",
         ),
     )
 }

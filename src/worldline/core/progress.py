@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_OUTER: ContextVar[Callable[[float], str] | None] = ContextVar("outer", default=None)
+
+
+@contextmanager
+def within(describe: Callable[[float], str]) -> Iterator[None]:
+    """Let every progress inside also show its place in something longer.
+
+    `describe` takes the seconds that the inner work still needs, 0 while unknown, and returns a few words.
+    """
+    before = _OUTER.set(describe)
+    try:
+        yield
+    finally:
+        _OUTER.reset(before)
 
 
 class Task:
@@ -25,16 +41,24 @@ class Task:
         self._done += count
         self._note = note if note is not None else self._note
         if self._progress is not None and self._id is not None:
-            self._progress.update(self._id, completed=self._done, note=self._note)
+            self._progress.update(self._id, completed=self._done, note=self._note + self._place())
         elif (now := time.monotonic()) - self._printed >= 10:
             self._printed = now
             self.print()
 
     def print(self) -> None:
         elapsed = time.monotonic() - self._started
+        left = f"{self._seconds_left():.0f} s left" if self._done > self._start_done else "starting"
+        line = f"{self._label}: {self._done}/{self._total}, {elapsed:.0f} s, {left} {self._note}{self._place()}"
+        print(line.rstrip(), flush=True)
+
+    def _seconds_left(self) -> float:
         worked = self._done - self._start_done
-        left = f"{elapsed / worked * (self._total - self._done):.0f} s left" if worked else "starting"
-        print(f"{self._label}: {self._done}/{self._total}, {elapsed:.0f} s, {left} {self._note}".rstrip(), flush=True)
+        return (time.monotonic() - self._started) / worked * (self._total - self._done) if worked else 0.0
+
+    def _place(self) -> str:
+        outer = _OUTER.get()
+        return f" | {outer(self._seconds_left())}" if outer else ""
 
 
 @contextmanager
