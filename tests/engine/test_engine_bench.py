@@ -62,6 +62,7 @@ def test_the_hand_stays_in_range() -> None:
     assert not np.array_equal(drawn, hand(spec, 200, 1))
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_report_from_its_result(tmp_path: Path) -> None:
     torch.manual_seed(0)
     small = WorldConfig(latent_dim=8, hidden=16, conv_width=4, decoder_width=4)
