@@ -66,7 +66,7 @@ def copy(written: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(written, tmp_path / "toy"))
 
 
-@pytest.mark.parametrize("video_file_mb", [200, 0.01])
+@pytest.mark.parametrize("video_file_mb", [200.0, 0.01])
 def test_what_is_written_comes_back_exactly(tmp_path: Path, video_file_mb: float) -> None:
     episodes = make_episodes(5)
     dataset = open_dataset(write(tmp_path / "toy", episodes, video_file_mb=video_file_mb))

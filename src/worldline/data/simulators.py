@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -24,6 +24,7 @@ class Observation(NamedTuple):
 Policy = Callable[[Observation], Float32[np.ndarray, " a"]]
 
 
+@runtime_checkable
 class Simulator(Protocol):
     """A world with a true state. The same seed and actions give the same observations, bit for bit."""
 

@@ -41,8 +41,8 @@ def frame_rate(step_seconds: float) -> Fraction:
     return Fraction(1.0 / step_seconds).limit_denominator(1001)
 
 
-def encode_segment(frames: UInt8[np.ndarray, "t h w 3"], rate: Fraction) -> Segment:
-    """Encode `frames` without loss; the bytes depend on the frames and the encoder's version only.
+def encode_segment(frames: np.ndarray, rate: Fraction) -> Segment:
+    """Encode frames, (t, h, w, 3) uint8, without loss; the bytes depend on the frames and the encoder's version only.
 
     Raises:
         WorldlineError: frames that are not (t, h, w, 3) uint8, or none.
