@@ -448,12 +448,14 @@ def test_the_cache_is_used_again_and_renewed_when_stale(copy: Path) -> None:
     cache = FrameCache(dataset, 8)
     made = cache.path.stat().st_mtime_ns
     assert FrameCache(open_dataset(copy), 8).path.stat().st_mtime_ns == made
+    (copy / ".cache/.frames-8.npy.123.tmp").write_bytes(b"what a killed build leaves")
     kept = shutil.copytree(copy / ".cache", copy.parent / "kept")
     shutil.rmtree(copy)
     write(copy, make_episodes(5, seed=1))
     shutil.copytree(kept, copy / ".cache")
     renewed = FrameCache(open_dataset(copy), 8)
     assert np.array_equal(renewed.frames(2), resize(make_episodes(5, seed=1)[2].frames, 8))
+    assert sorted(path.name for path in (copy / ".cache").iterdir()) == ["frames-8.json", "frames-8.npy", "lock"]
 
 
 def test_pictures_are_averaged_by_area() -> None:

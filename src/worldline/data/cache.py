@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,17 +59,28 @@ class FrameCache:
         return batch
 
     def _open(self, key: dict[str, Any]) -> UInt8[np.ndarray, "n h w 3"]:
-        key_path = self.path.with_suffix(".json")
-        if not (self.path.exists() and key_path.exists() and read_json(key_path) == key):
-            if not os.access(self.path.parent if self.path.parent.exists() else self.dataset.path, os.W_OK):
-                raise WorldlineError(
-                    f"{self.path.parent}: not writable; decoded frames are kept there, copy the dataset"
-                )
-            key_path.unlink(missing_ok=True)  # so that a half-renewed pair is never taken for a whole one
-            self._build()
-            write_json(key_path, key)
+        if not self._is_fresh(key):
+            folder = self.path.parent
+            if not os.access(folder if folder.exists() else self.dataset.path, os.W_OK):
+                raise WorldlineError(f"{folder}: not writable; decoded frames are kept there, copy the dataset")
+            folder.mkdir(exist_ok=True)
+            with open(folder / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one process decodes, others wait for it and use what it made
+                if not self._is_fresh(key):
+                    for left_over in folder.glob(f".{self.path.name}.*.tmp"):  # by a build that was killed
+                        left_over.unlink()
+                    self._key_path.unlink(missing_ok=True)  # so that a half-renewed pair is never taken for a whole one
+                    self._build()
+                    write_json(self._key_path, key)
         # a plain array over the mapping: slicing np.memmap objects costs several microseconds each
         return np.asarray(np.load(self.path, mmap_mode="r"))
+
+    @property
+    def _key_path(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    def _is_fresh(self, key: dict[str, Any]) -> bool:
+        return self.path.exists() and self._key_path.exists() and read_json(self._key_path) == key
 
     def _build(self) -> None:
         dataset, size = self.dataset, self.image_size
