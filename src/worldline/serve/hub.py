@@ -177,7 +177,7 @@ class Hub:
         elif isinstance(message, protocol.Open):
             await self._open(client, message.name)
         elif isinstance(message, protocol.Verify):
-            self._verify(client, message.name)
+            await self._verify(client, message.name)
         else:
             self.session.post(message)
 
@@ -188,20 +188,20 @@ class Hub:
         except WorldlineError as error:
             client.tell({"t": "note", "text": str(error)})
 
-    def _verify(self, client: Client, name: str) -> None:
+    async def _verify(self, client: Client, name: str) -> None:
         if self._verification is not None and not self._verification.done():
             client.tell({"t": "note", "text": "A verification is running; wait for its verdict."})
             return
-        status = self.session.status()
         try:
-            path = find_recording(self.session.recordings, name or status["last"] or "")
+            path = find_recording(self.session.recordings, name or self.session.status()["last"] or "")
+            recording = await asyncio.to_thread(Recording, path)
         except WorldlineError as error:
-            client.tell({"t": "note", "text": str(error)})
+            self._tell_all({"t": "verified", "equal": False, "text": str(error)})
             return
-        self._verification = asyncio.create_task(self._run_verification(str(path)))
+        self._verification = asyncio.create_task(self._run_verification(str(path), recording.frames))
 
-    async def _run_verification(self, path: str) -> None:
-        self._tell_all({"t": "verify", "done": 0, "total": 0})
+    async def _run_verification(self, path: str, frames: int) -> None:
+        self._tell_all({"t": "verify", "done": 0, "total": frames})
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "worldline.serve.verify", self._checkpoint, path),
             stdout=asyncio.subprocess.PIPE,

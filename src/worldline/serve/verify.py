@@ -21,7 +21,7 @@ def main(checkpoint: str, path: str) -> None:
     from worldline.engine.workloads.latent import LatentWorkload
 
     if hasattr(os, "nice"):
-        os.nice(10)
+        os.nice(5)
     reported = 0.0
 
     def progress(done: int, total: int) -> None:
