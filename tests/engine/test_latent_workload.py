@@ -26,6 +26,7 @@ def make_world(**config) -> World:
     torch.manual_seed(0)
     world = World(WorldConfig(latent_dim=16, hidden=32, conv_width=8, decoder_width=8, **config), SPEC)
     world.gauge.radius99.fill_(5.0)
+    world.gauge.cycle99.fill_(2.0)
     for parameter in world.parameters():  # trained nets move; fresh ones predict no change
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     return world.eval().requires_grad_(False)
@@ -86,6 +87,7 @@ def test_frames_are_what_the_world_says(starts: Starts) -> None:
             state = world.step(state, torch.tensor(np.clip(action, -1, 1))[None])
         assert np.array_equal(frames[-1].picture, world.decode(state.z)[0].numpy())
         assert frames[-1].gauge["region"] == pytest.approx(float(world.gauge.region(state.z)))
+        assert frames[-1].gauge["cycle"] == pytest.approx(float(world.gauge.cycle(world, state.z)))
 
 
 def test_an_anchor_is_what_observe_does(starts: Starts) -> None:
@@ -185,6 +187,15 @@ def test_one_real_frame_is_a_context_too(checkpoint: Path) -> None:
     engine = Engine(LatentWorkload(make_world(), make_starts("two_room", context=1, count=1)))
     engine.reset(5)
     assert engine.step(actions(1)[0]).id == 1
+
+
+def test_a_gauge_that_was_not_fitted_is_not_read(starts: Starts) -> None:
+    world = make_world()
+    names = [stage.name for stage in LatentWorkload(world, starts, cycle=False).stages]
+    assert names == ["step", "decode", "gauge"]
+    world.gauge.radius99.zero_()
+    engine = Engine(LatentWorkload(world, starts))
+    assert engine.reset(0).gauge == {}
 
 
 def test_a_prompt_is_refused(checkpoint: Path) -> None:

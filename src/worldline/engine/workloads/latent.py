@@ -106,8 +106,7 @@ def load_starts(directory: str | Path, spec: WorldSpec) -> Starts:
     if not path.exists():
         raise WorldlineError(
             f"{path}: missing, so there is no real frame to begin from; "
-            f"write it: from worldline.engine.workloads.latent import make_starts, save_starts; "
-            f"save_starts({str(directory)!r}, make_starts({spec.name!r}, context=4))"
+            f"write it with: from worldline.checkpoints import add_starts; add_starts({str(directory)!r})"
         )
     try:
         starts = Starts(**{name: tensor.numpy() for name, tensor in load_file(path).items()})
@@ -126,10 +125,12 @@ def load_starts(directory: str | Path, spec: WorldSpec) -> Starts:
 class LatentWorkload:
     """A `World` played frame by frame, batch 1, on one CPU thread (a second one gains nothing at this size).
 
-    An action beyond the spec's range is clipped to it, as the simulator clips it.
+    An action beyond the spec's range is clipped to it, as the simulator clips it. The gauge reads `region` (the
+    latent's radius) and, unless `cycle` is off, `cycle` (what is lost by drawing it and looking again, which costs an
+    encoding a frame); both are relative to the 99% quantile over real frames. A world without a fitted gauge has none.
     """
 
-    def __init__(self, world: World, starts: Starts, name: str = "", threads: int = 1) -> None:
+    def __init__(self, world: World, starts: Starts, name: str = "", threads: int = 1, cycle: bool = True) -> None:
         self.world, self.starts, self.name, self.threads = world, starts, name, threads
         spec, size = world.spec, world.config.image_size
         if starts.frames.shape[2:] != (size, size, 3) or starts.actions.shape[2] != spec.action_dim:
@@ -140,7 +141,8 @@ class LatentWorkload:
         self.fps = 1.0 / spec.step_seconds
         self.action = np.zeros(spec.action_dim, dtype=np.float32)
         self.frame = np.zeros((size, size, 3), dtype=np.uint8)
-        self.gauge_names: tuple[str, ...] = ("region",) if world.gauge.fitted else ()
+        cycle = cycle and world.gauge.fitted and float(world.gauge.cycle99) > 0
+        self.gauge_names: tuple[str, ...] = (("region",) if world.gauge.fitted else ()) + (("cycle",) if cycle else ())
         self.gauge = np.zeros(len(self.gauge_names), dtype=np.float32)
         self._low, self._high = torch.tensor(spec.action_low), torch.tensor(spec.action_high)
         self._action = torch.from_numpy(self.action)[None]
@@ -148,8 +150,8 @@ class LatentWorkload:
         state = self._begin(0)
         self._z = torch.zeros_like(state.z)
         self._memory = tuple(torch.zeros_like(part) for part in state.memory)
-        gauge = (Stage("gauge", self._measure),) if self.gauge_names else ()
-        self.stages = (Stage("step", self._step), *gauge, Stage("decode", self._draw))
+        readings = (Stage("gauge", self._region), Stage("cycle", self._cycle))[: len(self.gauge_names)]
+        self.stages = (Stage("step", self._step), Stage("decode", self._draw), *readings)
 
     @classmethod
     def open(cls, path_or_name: str | Path) -> LatentWorkload:
@@ -203,9 +205,8 @@ class LatentWorkload:
         self._z.copy_(state.z)
         for part, value in zip(self._memory, state.memory, strict=True):
             part.copy_(value)
-        if self.gauge_names:
-            self._measure()
-        self._draw()
+        for stage in self.stages[1:]:
+            stage.run()
 
     def _step(self) -> None:
         action = torch.minimum(torch.maximum(self._action, self._low), self._high)
@@ -214,8 +215,13 @@ class LatentWorkload:
         for part, value in zip(self._memory, state.memory, strict=True):
             part.copy_(value)
 
-    def _measure(self) -> None:
-        self.gauge[0] = float(self.world.gauge.region(self._z)[0])
-
     def _draw(self) -> None:
         self._frame.copy_(self.world.decode(self._z)[0])
+
+    def _region(self) -> None:
+        self.gauge[0] = float(self.world.gauge.region(self._z)[0])
+
+    def _cycle(self) -> None:
+        gauge = self.world.gauge
+        gap = (self.world.encode(self._frame[None]) - self._z) @ gauge.whitening
+        self.gauge[1] = float(gap.norm() / gauge.cycle99)
