@@ -74,11 +74,13 @@ def ranking_shares(
     asked = moved(factor, truth[factor.name], rmse)
     white, white_hat = whitening(z), whitening(z_hat)
 
-    drawn = rng_for(seed, "distractors").permutation(num_windows * steps)[:_POOL]
+    rng = rng_for(seed, "distractors")
+    drawn = rng.permutation(num_windows * steps)[:_POOL]
     pool = np.stack(np.divmod(drawn, steps), axis=-1)  # (window, h) of real latents
     wins, count = np.zeros(num_windows), np.zeros(num_windows)
     for window in range(num_windows):
-        own = np.stack([np.full(steps, window), np.arange(steps)], axis=-1)
+        # in random order, since equally near ones (all of them, where there is no other factor) are taken in order
+        own = np.stack([np.full(steps, window), rng.permutation(steps)], axis=-1)
         far = pool[episodes[pool[:, 0]] != episodes[window]]
         for h in (h for h in QUERY_HORIZONS if h < steps and asked[window, h]):
             for candidates in (own, far):
