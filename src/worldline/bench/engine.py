@@ -32,7 +32,9 @@ class EngineBenchConfig:
 
     checkpoint: str
     frames: int = 10_000
+    """Frames of each run, at least 1000."""
     seed: int = 0
+    """Of the start and of the hand that steers."""
     compare_seconds: float = 2.0
     """Time for each comparison in turns."""
     reports: str = "reports"

@@ -40,12 +40,17 @@ class CollectConfig:
     """What to collect. `workers` changes how fast, never what: with 1, everything happens in this process."""
 
     env: str
+    """The simulator."""
     path: str
+    """The dataset to write; a finished one is never overwritten."""
     episodes: int = 150
+    """How many; each begins from a start of its own."""
     steps: int = 240
     """Frames in each episode, the first one included."""
     seed: int = 0
+    """Of everything drawn: episode i depends on (seed, i) only."""
     workers: int = 2
+    """Processes."""
 
     def __post_init__(self) -> None:
         for name, least in (("episodes", 1), ("steps", 2), ("seed", 0), ("workers", 1)):

@@ -50,13 +50,17 @@ class EvaluateConfig:
     """What to evaluate, on what."""
 
     checkpoint: str
+    """A checkpoint, a run (its best checkpoint), or a shipped world's name."""
     data: str
     """The dataset: a LeRobot v3 directory with a reference pack."""
     out: str | None = None
     """Directory for the result; None means `evaluation` in the checkpoint, `evaluations/NAME` for a name."""
     horizon: int = 100
+    """Steps that are rolled out and scored."""
     windows: int = 300
+    """Held-out windows to score, at most; at least 200 are needed."""
     seed: int = 0
+    """Of the choice of frames and actions, and of the bootstrap."""
     draws: int = DRAWS
     """Bootstrap draws over episodes."""
     twin: str | None = None
@@ -66,6 +70,7 @@ class EvaluateConfig:
     train_frames: int = 12_000
     """Real training frames that the probe is fitted on, at most."""
     validation_frames: int = 3_000
+    """Real validation frames that stop the probe's fit, at most."""
 
     def __post_init__(self) -> None:
         if self.horizon < HORIZONS[0] or self.draws < 100:

@@ -27,7 +27,9 @@ class WorldConfig:
     """The sizes of a world. The defaults are the `tiny` world."""
 
     image_size: int = 64
+    """Height and width of the pictures that the encoder sees, pixels; a multiple of 16."""
     latent_dim: int = 128
+    """Length of a latent."""
     context: int = 4
     """Real frames that `World.begin` wants."""
     latent_norm: bool = True
@@ -39,9 +41,13 @@ class WorldConfig:
     conv_head: int = 8
     """Channels of the grid that is flattened into the latent."""
     vit_patch: int = 8
+    """Pixels along a side of a ViT's patch."""
     vit_width: int = 192
+    """Channels of the ViT encoder."""
     vit_depth: int = 4
+    """Blocks of the ViT encoder."""
     vit_heads: int = 3
+    """Attention heads of the ViT encoder."""
 
     predictor: Literal["gru", "transformer"] = "gru"
     hidden: int = 384
@@ -49,8 +55,11 @@ class WorldConfig:
     window: int = 8
     """Latents that the transformer sees."""
     transformer_width: int = 192
+    """Channels of the transformer predictor."""
     transformer_depth: int = 4
+    """Blocks of the transformer predictor."""
     transformer_heads: int = 3
+    """Attention heads of the transformer predictor."""
 
     decoder_width: int = 16
     """Channels at half resolution; the smaller grids have 2, 3 and 4 times as many."""

@@ -41,14 +41,21 @@ class ReferencesConfig:
     image_size: int | None = None
     """None means the dataset's own."""
     seed: int = 0
+    """Of weights, frames and batches."""
     max_frames: int = 60_000
     """Training frames that the canonical encoder sees at most."""
     encoder_updates: int = 3000
+    """Of the canonical encoder."""
     encoder_batch: int = 64
+    """Frames an update."""
     actions_updates: int = 600
+    """Of the actions-only forecaster."""
     actions_batch: int = 64
+    """Windows an update."""
     actions_hidden: int = 64
+    """Width of the forecaster's GRU."""
     horizon: int = 100
+    """Steps of the forecaster's windows."""
 
 
 class CanonicalEncoder(nn.Module):
