@@ -13,5 +13,5 @@ def test_fifty_updates_follow_the_recorded_curve(tmp_path: Path) -> None:
     assert len(found["loss"]) == 50
     for name, expected in record["curve"].items():
         assert found[name] == pytest.approx(expected, rel=record["relative_tolerance"]), (
-            f"{name} has changed; if training is meant to change, run {record['generator']} and say why in the changelog"
+            f"{name} has changed; if that is meant, run `{record['generator']}` and say why in the changelog"
         )
