@@ -277,6 +277,27 @@ def test_a_dataset_of_lerobots_own_opens(tmp_path: Path) -> None:
     assert {len(dataset.split(name)) for name in ("train", "validation", "test")} == {1}
 
 
+def test_a_dataset_written_by_lerobot_opens(tmp_path: Path) -> None:
+    """Written by `LeRobotDataset.create`, `add_frame`, `save_episode` of lerobot 0.4.4: AV1, four episodes, 10 Hz.
+
+    The pictures are `numbered_frames(54)`, the actions normal numbers from `default_rng(0)`, three and then two for the
+    state at each frame.
+    """
+    root = Path(shutil.copytree(Path(__file__).parent / "written_by_lerobot_0_4_4", tmp_path / "official"))
+    dataset = open_dataset(root)
+    assert dataset.lengths == [12, 13, 14, 15]
+    assert dataset.spec.action_names == ("m", "n", "o")
+    assert dataset.spec.step_seconds == 0.1
+    numbers = np.random.default_rng(0).normal(size=(54, 5)).astype(np.float32)
+    for episode in (3, 0, 1, 2):
+        start = sum(dataset.lengths[:episode])
+        rows = slice(start, start + dataset.lengths[episode])
+        assert frame_numbers(dataset, episode).tolist() == list(range(54))[rows]
+        assert np.array_equal(dataset.actions(episode), numbers[rows, :3])
+        assert np.array_equal(dataset.state(episode), numbers[rows, 3:])
+        assert dataset.read_episode(episode).task == "go"
+
+
 def test_state_is_optional_and_one_of_several_cameras_is_chosen(tmp_path: Path) -> None:
     cameras = ("observation.images.top", "observation.images.wrist")
     root = foreign_dataset(tmp_path / "two", cameras, state=False)
