@@ -246,10 +246,10 @@ def _help(command: Command) -> str:
 
 
 def _options_help(command: Command, width: int) -> list[str]:
-    from worldline.config import choices, flatten
+    from worldline.config import choices, flatten, meanings
 
-    groups, told = _groups(command), _meanings(command)
-    values, allowed = flatten(_compose(command, [])), choices(_load(command.config))
+    cls, groups = _load(command.config), _groups(command)
+    values, told, allowed = flatten(_compose(command, [])), meanings(cls), choices(cls)
     lines = []
     if groups:
         lines += ["", "Presets (each sets some of the options below):"]
@@ -267,31 +267,6 @@ def _options_help(command: Command, width: int) -> list[str]:
             meaning = f"{' | '.join(map(str, allowed[name]))}. {meaning}"
         rows.append((f"{name}={_shown(value)}", meaning.strip()))
     return [*lines, "", "Options, with their defaults:", *_table(rows, width)]
-
-
-def _yaml_comments(command: Command) -> dict[str, str]:
-    """Return what the YAML files say about options; `train.seed` of a command means what `seed` of train means."""
-    from worldline.config import comments
-
-    found = comments((CONF / f"{_file_stem(command)}.yaml").read_text(encoding="utf-8"))
-    for group, presets in _groups(command).items():
-        for preset in presets:
-            text = (CONF / group / f"{preset}.yaml").read_text(encoding="utf-8")
-            found |= comments(text, at="" if "@package _global_" in text else group)
-    return found
-
-
-def _meanings(command: Command) -> dict[str, str]:
-    """Return the meaning of every option: from the dataclass, else from YAML, else from the command it belongs to."""
-    from worldline.config import meanings
-
-    found = {name: text for name, text in meanings(_load(command.config)).items() if text}
-    found = _yaml_comments(command) | found
-    fields = {name.split(".")[0] for name in found}
-    for other in COMMANDS.values():
-        if other.config and other.name in fields and other.name != command.name:
-            found = {f"{other.name}.{name}": text for name, text in _yaml_comments(other).items()} | found
-    return found
 
 
 def _table(rows: Iterable[tuple[str, str]], width: int) -> list[str]:

@@ -273,6 +273,9 @@ COMMANDS: dict[str, Command] = {
             step by step, what it still knows, against naive forecasts. HRI is the area under the credit curve (0 to 1),
             H* the last step up to which every factor is still good for half its credit. Writes report.html, which needs
             no network, and result.json.
+
+            Without data= it is the dataset that the checkpoint was trained on. A dataset without a reference pack gets
+            one first.
             """,
             examples=(
                 ("worldline evaluate runs/pusht-tiny", "on the dataset it was trained on"),

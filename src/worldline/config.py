@@ -8,7 +8,6 @@ import difflib
 import functools
 import inspect
 import operator
-import re
 import textwrap
 import types
 import typing
@@ -25,14 +24,14 @@ def build(cls: type[T], values: Mapping[str, Any], at: str = "") -> T:
     """Make a `cls` from `values`, nested dataclasses included. `at` is the dotted name of the place, for errors.
 
     Raises:
-        WorldlineError: an unknown or missing option, or a value of the wrong type.
+        WorldlineError: an unknown or missing option ("???" is missing), or a value of the wrong type.
     """
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls)) if field.init}
     for key in values:
         if key not in fields:
             raise WorldlineError(f"unknown option {_dotted(at, key)!r}{did_you_mean(key, fields)}")
     hints = typing.get_type_hints(cls)
-    made = {key: _convert(hints[key], value, _dotted(at, key)) for key, value in values.items()}
+    made = {key: _convert(hints[key], value, _dotted(at, key)) for key, value in values.items() if value != "???"}
     missing = [name for name, field in fields.items() if name not in made and _default(field) is dataclasses.MISSING]
     if missing:
         raise WorldlineError(f"option {_dotted(at, missing[0])!r} has no default; give {_dotted(at, missing[0])}=VALUE")
@@ -71,25 +70,6 @@ def meanings(cls: type[Any], at: str = "") -> dict[str, str]:
             found[_dotted(at, name)] = " ".join(after.value.value.split())
         else:
             found[_dotted(at, name)] = _comment(lines, node)
-    return found
-
-
-def comments(yaml: str, at: str = "") -> dict[str, str]:
-    """Return the comment behind each `option: value` line of a YAML text, by dotted name."""
-    found: dict[str, str] = {}
-    open_keys: list[tuple[int, str]] = []
-    for line in yaml.splitlines():
-        match = re.match(r"( *)(\w+):([^#]*)(?:# *(.*))?$", line)
-        if not match:
-            continue
-        indent, key, value, comment = len(match[1]), match[2], match[3].strip(), match[4]
-        while open_keys and open_keys[-1][0] >= indent:
-            open_keys.pop()
-        name = ".".join([*([at] if at else []), *(outer for _, outer in open_keys), key])
-        if not value:
-            open_keys.append((indent, key))
-        elif comment:
-            found[name] = comment.strip()
     return found
 
 

@@ -31,6 +31,7 @@ class EngineBenchConfig:
     """What to play, and for how long."""
 
     checkpoint: str
+    """A checkpoint, a run, or a shipped world's name."""
     frames: int = 10_000
     """Frames of each run, at least 1000."""
     seed: int = 0
