@@ -3,7 +3,6 @@
 import itertools
 import json
 import shutil
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_toys import SPEC, encode, foreign_dataset, frame_numbers, make_episodes, numbered_frames, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldline.core.errors import WorldlineError
-from worldline.core.types import Episode, Factor, WorldSpec
-from worldline.data.cache import FrameCache, resize
-from worldline.data.lerobot import Dataset, open_dataset, split_episodes
+from worldline.core.types import Episode
+from worldline.data.lerobot import open_dataset, split_episodes
 from worldline.data.lerobot_writer import CAMERA, DatasetWriter
-
-SPEC = WorldSpec(
-    name="toy",
-    image_size=16,
-    step_seconds=0.04,
-    action_names=("dx", "dy"),
-    action_low=(-1.0, -1.0),
-    action_high=(1.0, 1.0),
-    control="velocity",
-    state_names=("x", "y", "z"),
-    factors=(Factor(name="agent", columns=(0, 1)),),
-)
-
-
-def make_episodes(num: int, seed: int = 0, height: int = 16, width: int = 16) -> list[Episode]:
-    """Return episodes of noise, the hardest picture for a codec, of different lengths."""
-    rng = np.random.default_rng(seed)
-    return [
-        Episode(
-            index=index,
-            frames=rng.integers(0, 256, (9 + 5 * index, height, width, 3), dtype=np.uint8),
-            actions=rng.uniform(-1, 1, (9 + 5 * index, 2)).astype(np.float32),
-            state=rng.normal(size=(9 + 5 * index, 3)).astype(np.float32),
-            task=f"task {index % 2}",
-        )
-        for index in range(num)
-    ]
-
-
-def write(path: Path, episodes: list[Episode], **options: Any) -> Path:
-    with DatasetWriter(path, SPEC, split_key="toy/0", **options) as writer:
-        for episode in episodes:
-            writer.add_episode(episode)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -179,88 +144,6 @@ def test_an_episode_keeps_its_split_when_more_are_collected() -> None:
         assert set(episodes) <= set(many[name])
 
 
-# --- datasets as others write them
-
-
-def encode(path: Path, frames: np.ndarray, codec: str, pixel_format: str, options: dict[str, str], rate: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream(codec, rate=Fraction(rate), options=options)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixel_format
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def numbered_frames(num: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """Return pictures with their number in eight bars, black for 0 and white for 1, which survive any codec."""
-    bits = np.arange(num)[:, None] >> np.arange(8) & 1
-    bars = np.repeat(bits * 255, width // 8, axis=1).astype(np.uint8)
-    return np.broadcast_to(bars[:, None, :, None], (num, height, width, 3)).copy()
-
-
-def foreign_dataset(root: Path, cameras: tuple[str, ...] = ("observation.images.top",), state: bool = True) -> Path:
-    """Lay out what lerobot writes: three episodes, two videos and two data files that break at different episodes."""
-    lengths, rate = [20, 30, 25], 10
-    starts = [0, 20, 50]
-    rng = np.random.default_rng(0)
-    action, joints = rng.normal(size=(75, 3)).astype(np.float32), rng.normal(size=(75, 2)).astype(np.float32)
-    episode = np.repeat([0, 1, 2], lengths)
-    frame = np.concatenate([np.arange(n) for n in lengths])
-    columns: dict[str, Any] = {"action": list(action)} | ({"observation.state": list(joints)} if state else {})
-    columns |= {"timestamp": (frame / rate).astype(np.float32), "frame_index": frame, "episode_index": episode}
-    columns |= {"index": np.arange(75), "task_index": np.zeros(75, np.int64)}
-    table = pa.table(columns)
-    for index, (start, stop) in enumerate([(0, 50), (50, 75)]):
-        path = root / f"data/chunk-000/file-{index:03d}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table.slice(start, stop - start), path)
-    frames = numbered_frames(75)
-    rows = []
-    for camera in cameras:
-        b_frames = {"crf": "10", "g": "50", "bf": "3"}
-        encode(root / f"videos/{camera}/chunk-000/file-000.mp4", frames[:20], "libx264", "yuv420p", b_frames, rate)
-        encode(root / f"videos/{camera}/chunk-000/file-001.mp4", frames[20:], "libx264", "yuv420p", b_frames, rate)
-    for index, (length, start) in enumerate(zip(lengths, starts, strict=True)):
-        row = {"episode_index": index, "tasks": ["pick"], "length": length}
-        row |= {"dataset_from_index": start, "dataset_to_index": start + length}
-        row |= {"data/chunk_index": 0, "data/file_index": 1 if index == 2 else 0}
-        for camera in cameras:
-            offset = 0 if index == 0 else start - 20
-            row |= {f"videos/{camera}/chunk_index": 0, f"videos/{camera}/file_index": 0 if index == 0 else 1}
-            row |= {f"videos/{camera}/from_timestamp": offset / rate}
-            row |= {f"videos/{camera}/to_timestamp": (offset + length) / rate}
-        row |= {"stats/action/min": [0.0] * 3, "meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
-        rows.append(row)
-    episodes = root / "meta/episodes/chunk-000/file-000.parquet"
-    episodes.parent.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows), episodes)
-    pq.write_table(pa.table({"task_index": [0], "__index_level_0__": ["pick"]}), root / "meta/tasks.parquet")
-    video = {"dtype": "video", "shape": [48, 64, 3], "names": ["height", "width", "channels"], "info": None}
-    features: dict[str, Any] = dict.fromkeys(cameras, video)
-    features["action"] = {"dtype": "float32", "shape": [3], "names": {"motors": ["pan", "lift", "grip"]}}
-    if state:
-        features["observation.state"] = {"dtype": "float32", "shape": [2], "names": None}
-    info = {
-        "codebase_version": "v3.0",
-        "robot_type": "so100",
-        "total_episodes": 3,
-        "total_frames": 75,
-        "fps": rate,
-        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
-        "features": features,
-    }
-    (root / "meta/info.json").write_text(json.dumps(info))
-    return root
-
-
-def frame_numbers(dataset: Dataset, episode: int) -> np.ndarray:
-    frames = dataset.read_episode(episode).frames.astype(float)
-    bars = frames.mean((1, 3)).reshape(len(frames), 8, -1).mean(2)
-    return (bars > 127) @ (1 << np.arange(8))
-
-
 def test_a_dataset_of_lerobots_own_opens(tmp_path: Path) -> None:
     dataset = open_dataset(foreign_dataset(tmp_path / "so100"))
     spec = dataset.spec
@@ -354,9 +237,6 @@ def test_a_foreign_fingerprint_follows_the_content(tmp_path: Path) -> None:
     assert open_dataset(root).fingerprint != before
 
 
-# --- damage and mistakes
-
-
 def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
     with pytest.raises(WorldlineError, match=r"no LeRobot dataset here .* `worldline collect`"):
         open_dataset(tmp_path / "nowhere")
@@ -443,47 +323,3 @@ def test_an_episode_that_is_not_there(written: Path) -> None:
         open_dataset(written).read_episode(5)
     with pytest.raises(WorldlineError, match="no split called 'val'"):
         open_dataset(written).split("val")
-
-
-# --- the frame cache
-
-
-def test_the_cache_holds_every_frame(copy: Path) -> None:
-    dataset = open_dataset(copy)
-    cache = FrameCache(dataset, 16)
-    episodes = make_episodes(5)
-    for episode in episodes:
-        assert np.array_equal(cache.frames(episode.index), episode.frames)
-    assert np.array_equal(cache.frames(3, 5, 4), episodes[3].frames[5:9])
-    batch = cache.gather(np.array([[4, 20], [0, 0], [2, 3]]), 9)
-    expected = [episodes[4].frames[20:29], episodes[0].frames[:9], episodes[2].frames[3:12]]
-    assert np.array_equal(batch, np.stack(expected))
-    with pytest.raises(WorldlineError, match="reaches beyond its episode"):
-        cache.gather(np.array([[0, 1]]), 9)
-    with pytest.raises(WorldlineError, match="episode 0 has 9 frames"):
-        cache.frames(0, 5, 5)
-
-
-def test_the_cache_is_used_again_and_renewed_when_stale(copy: Path) -> None:
-    dataset = open_dataset(copy)
-    cache = FrameCache(dataset, 8)
-    made = cache.path.stat().st_mtime_ns
-    assert FrameCache(open_dataset(copy), 8).path.stat().st_mtime_ns == made
-    (copy / ".cache/.frames-8.npy.123.tmp").write_bytes(b"what a killed build leaves")
-    kept = shutil.copytree(copy / ".cache", copy.parent / "kept")
-    shutil.rmtree(copy)
-    write(copy, make_episodes(5, seed=1))
-    shutil.copytree(kept, copy / ".cache")
-    renewed = FrameCache(open_dataset(copy), 8)
-    assert np.array_equal(renewed.frames(2), resize(make_episodes(5, seed=1)[2].frames, 8))
-    assert sorted(path.name for path in (copy / ".cache").iterdir()) == ["frames-8.json", "frames-8.npy", "lock"]
-
-
-def test_pictures_are_averaged_by_area() -> None:
-    rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (2, 48, 64, 3), dtype=np.uint8)
-    halved = frames.reshape(2, 16, 3, 16, 4, 3).astype(float).mean((2, 4))
-    assert np.abs(resize(frames, 16) - halved).max() <= 0.51
-    constant = np.full((1, 37, 50, 3), 201, dtype=np.uint8)
-    assert (resize(constant, 16) == 201).all()
-    assert (resize(constant, 64) == 201).all()
