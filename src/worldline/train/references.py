@@ -30,8 +30,6 @@ from worldline.model.references import ACTIONS_ONLY, CANONICAL, CARD, DIRECTORY,
 _LATENT = 128
 _CHECKS = 30
 """How often a training looks at the validation episodes."""
-_GOOD_ENOUGH = 0.005
-"""Share of the factors' variance left unexplained at which a training ends: it settles what can be seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +53,8 @@ class ReferencesConfig:
     actions_hidden: int = 64
     """Width of the forecaster's GRU."""
     horizon: int = 100
+    good_enough: float = 0.005
+    """Share of the factors' variance, left unexplained on validation episodes, at which a training ends."""
     """Steps of the forecaster's windows."""
 
 
@@ -188,7 +188,7 @@ def _train_encoder(
     def validate() -> float:
         return float(head.loss(model(frames), targets))
 
-    _train(model, update, validate, config.encoder_updates, 3e-3, task, "encoder")
+    _train(model, update, validate, config.encoder_updates, 3e-3, config.good_enough, task, "encoder")
     return model
 
 
@@ -225,7 +225,7 @@ def _train_actions_only(
     def validate() -> float:
         return float(head.loss(model(inputs), targets))
 
-    _train(model, update, validate, config.actions_updates, 5e-3, task, "actions only")
+    _train(model, update, validate, config.actions_updates, 5e-3, config.good_enough, task, "actions only")
     return model
 
 
@@ -235,6 +235,7 @@ def _train(
     validate: Callable[[], float],
     updates: int,
     rate: float,
+    good_enough: float,
     task: Task,
     label: str,
 ) -> None:
@@ -257,7 +258,7 @@ def _train(
             if loss < best:
                 best, kept = loss, {name: tensor.clone() for name, tensor in model.state_dict().items()}
             task.advance(0, note=f"{label}: validation loss {loss:.4f}")
-            if loss < _GOOD_ENOUGH:
+            if loss < good_enough:
                 task.advance(updates - number)
                 break
     model.load_state_dict(kept)
