@@ -49,6 +49,7 @@ _TITLES = {
     "event": "a reset or a re-anchor in place of a step",
     "step": "the model imagines one step ahead, in latents",
     "gauge": "how far the latent is from those seen in training",
+    "cycle": "the picture is encoded again, to see how far it lands from its latent",
     "decode": "the latent becomes a picture",
     "hash": "picture, state and action are hashed onto the chain",
     "record": "the frame is handed to the replay file's writer",
@@ -72,9 +73,11 @@ class PlayConfig:
     fps: float | None = None
     """Frames per second; None is the world's real time, 0 is no limit."""
     seed: int = 0
+    """Of the first start; each seed is another one."""
     recordings: str = "recordings"
     """Folder of replay files."""
     open_browser: bool = False
+    """Open the page in this machine's browser."""
     token: str | None = None
     """None makes one where it is needed."""
 

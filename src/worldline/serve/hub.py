@@ -67,11 +67,14 @@ class Client:
             self._wake.clear()
             if len(self._events) > MAX_EVENTS:
                 raise protocol.ProtocolError("too slow: events pile up")
-            while self._events:
-                await self.websocket.send_text(json.dumps(self._events.popleft()))
-            while self._pictures:
-                picture = self._pictures.popleft()
-                await self.websocket.send_bytes(protocol.for_client(picture, self.dropped, hub.player is self))
+            try:
+                while self._events:
+                    await self.websocket.send_text(json.dumps(self._events.popleft()))
+                while self._pictures:
+                    picture = self._pictures.popleft()
+                    await self.websocket.send_bytes(protocol.for_client(picture, self.dropped, hub.player is self))
+            except RuntimeError:  # what uvicorn raises once it has closed the connection itself, as after lost pings
+                raise WebSocketDisconnect(1006) from None
 
     def spend(self, now: float) -> bool:
         """Count one received message; return whether it was still within the rate."""

@@ -17,8 +17,9 @@ const COLOURS = {
 const GREYS = ["#8a95a3", "#5f6b7a", "#aab3bf", "#46515e"];
 
 // Spans too short to be read one by one are shown together; the wire and the replay tools keep them apart.
-const TOGETHER = { event: "step", hash: "log", record: "log", ledger: "log" };
+const TOGETHER = { event: "step", cycle: "gauge", hash: "log", record: "log", ledger: "log" };
 const LOG_TITLE = "hash chain, replay file and this table's own row";
+const GAUGE_TITLE = "how far the latent is from those seen in training, and how well it survives being drawn and seen again";
 
 export class Percentiles {
   constructor(size) {
@@ -86,6 +87,7 @@ export class LedgerView {
     const titles = {
       ...Object.fromEntries(stages.map(({ name, title }) => [name, title])),
       log: LOG_TITLE,
+      gauge: GAUGE_TITLE,
       unattributed: "busy time that no stage explains; it is shown, never hidden",
       busy: "from the beginning of a frame to its end, the sleep that keeps the pace apart",
     };

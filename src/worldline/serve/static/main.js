@@ -38,6 +38,7 @@ const socket = new Socket({
     if (painted && frame.dropped > painted.dropped) behindUntil = performance.now() + 1500;
     ledger.add(frame, frame.flags & FLAG.missed);
     drift.add({ radius: frame.radius, error: frame.error, anchored: frame.flags & FLAG.anchored });
+    stage.follow(frame.target, frame.flags & FLAG.first);
     newest = frame;
   },
   onEvent(event) {

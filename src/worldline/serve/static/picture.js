@@ -74,10 +74,14 @@ export class Stage {
       this.truth.show(frame.truth, frame.side, frame.side);
       if (difference && frame.side === frame.width) this.showDifference(frame);
     }
-    if (frame.id === 0) this.trail = [];
-    this.trail.push(frame.target);
-    if (this.trail.length > TRAIL) this.trail.shift();
     this.drawTrail(pointer);
+  }
+
+  // Every frame leaves its mark, also one that came too late to be painted.
+  follow(target, first) {
+    if (first) this.trail = [];
+    this.trail.push(target);
+    if (this.trail.length > TRAIL) this.trail.shift();
   }
 
   showDifference(frame) {
