@@ -115,3 +115,11 @@ def test_learning_rate_rises_and_falls() -> None:
     assert rates[55] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2)
     assert rates[100] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_motion_weighs_a_pixel_by_its_larger_change_to_a_neighbour() -> None:
+    frames = torch.zeros(1, 3, 1, 2, 3)
+    frames[0, 1, 0, 0] = 0.5  # the left pixel lights up in the middle frame, and goes half dark again
+    frames[0, 2, 0, 0] = 0.25
+    weight = losses.motion_weight(frames, gain=4.0)[0, :, 0, :, 0]
+    assert torch.allclose(weight, torch.tensor([[2.0, 0.0], [2.0, 0.0], [1.0, 0.0]]))

@@ -49,16 +49,25 @@ class StageConfig:
     """Frames an update that the pixel terms decode, drawn from the batch."""
     foreground: float = 0.0
     """Extra weight of a pixel that is as far from the dataset's background as black from white."""
+    motion: float = 0.0
+    """Extra weight of a pixel that changes between neighbouring looked-at frames from black to white (joint only)."""
+    latent_noise: float = 0.0
+    """Standard deviation of the noise on latents that `grounding` decodes: near latents must mean near pictures."""
     projections: int = 256
     """Random directions of SIGReg."""
 
     lr_encoder: float = 1e-3
+    """Highest learning rate of the encoder."""
     lr_predictor: float = 1e-3
+    """Highest learning rate of the predictor."""
     lr_decoder: float = 1e-3
+    """Highest learning rate of the decoder."""
     warmup: int = 100
     """Updates over which learning rates rise from 0; then they fall along a cosine to `lr_end` of their height."""
     lr_end: float = 0.01
+    """Last learning rate, as a share of the highest."""
     weight_decay: float = 1e-3
+    """AdamW's."""
     clip: float = 1.0
     """Largest norm of the whole gradient."""
     ema: float = 0.0
@@ -110,6 +119,7 @@ class TrainConfig:
     frozen: StageConfig = field(default_factory=_frozen)
     """The predictor alone, over long rollouts, on latents encoded once; with `grounding` the decoder too."""
     seed: int = 0
+    """Of the first weights, the order of the data and all noise."""
     threads: int = 0
     """CPU threads to compute with; 0 leaves torch's own choice. Resuming is exact only with the same number."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -118,6 +128,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     """Updates between two validations, each followed by a checkpoint."""
     validation_windows: int = 64
+    """Held-out windows that a validation rolls out."""
 
     def __post_init__(self) -> None:
         for name, least in {"threads": 0, "log_every": 1, "checkpoint_every": 1, "validation_windows": 1}.items():
@@ -127,6 +138,8 @@ class TrainConfig:
             raise WorldlineError("joint.steps and frozen.steps are both 0; there is nothing to train")
         if self.frozen.sigreg or self.frozen.inverse_dynamics:
             raise WorldlineError("the frozen stage leaves the encoder alone: its sigreg and inverse_dynamics must be 0")
+        if self.frozen.motion:
+            raise WorldlineError("the frozen stage decodes single frames: its motion must be 0")
         if self.frozen.target_stride != 1:
             raise WorldlineError("the frozen stage has every latent at hand; its target_stride must be 1")
 

@@ -70,6 +70,16 @@ def foreground_weight(
     return 1.0 + gain * (pictures - background).abs().mean(dim=-1, keepdim=True)
 
 
+def motion_weight(frames: Float[Tensor, "b n h w 3"], gain: float) -> Float[Tensor, "b n h w 1"]:
+    """Return gain * the larger of a pixel's changes from the frame before and to the one after, in [0, 1].
+
+    What moves is what actions act on, and a small thing that moves often would else hardly count among the pixels.
+    """
+    change = (frames[:, 1:] - frames[:, :-1]).abs().mean(dim=-1, keepdim=True)
+    still = torch.zeros_like(change[:, :1])
+    return gain * torch.maximum(torch.cat((still, change), dim=1), torch.cat((change, still), dim=1))
+
+
 def grounding(
     pictures_hat: Float[Tensor, "*b h w 3"],
     pictures: Float[Tensor, "*b h w 3"],

@@ -85,8 +85,17 @@ def joint_terms(
         terms["inverse_dynamics"] = losses.inverse_dynamics(action_hat, action)
     if stage.grounding:
         drawn = torch.randperm(z.shape[0] * z.shape[1], generator=generator)[: stage.pixel_frames].to(z.device)
+        noise = torch.randn(len(drawn), z.shape[2], generator=generator).to(z.device)
+        motion = None
+        if stage.motion:
+            motion = losses.motion_weight(batch.frames.float() / 255.0, stage.motion).flatten(0, 1)[drawn]
         terms["grounding"] = _pixels(
-            world, z.flatten(0, 1)[drawn], batch.frames.flatten(0, 1)[drawn], background, stage.foreground
+            world,
+            z.flatten(0, 1)[drawn] + stage.latent_noise * noise,
+            batch.frames.flatten(0, 1)[drawn],
+            background,
+            stage.foreground,
+            motion,
         )
     if stage.rollout_pixels:
         drawn = torch.randperm(z_hat.shape[0] * z_hat.shape[1], generator=generator)[: stage.pixel_frames].to(z.device)
@@ -127,7 +136,10 @@ def _pixels(
     frames: UInt8[Tensor, "m h w 3"],
     background: Float[Tensor, "h w 3"],
     foreground: float,
+    extra_weight: Float[Tensor, "m h w 1"] | None = None,
 ) -> Float[Tensor, ""]:
     pictures = frames.float() / 255.0
-    weight = losses.foreground_weight(pictures, background, foreground) if foreground else None
+    weight = losses.foreground_weight(pictures, background, foreground)
+    if extra_weight is not None:
+        weight = weight + extra_weight
     return losses.grounding(world.decode_float(z).float(), pictures, weight)
