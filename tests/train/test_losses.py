@@ -11,6 +11,7 @@ from worldline.train.losses import (
     foreground_weight,
     grounding,
     inverse_dynamics,
+    motion_weight,
     one_step,
     own_rollout,
     scale_gradient,
@@ -121,5 +122,5 @@ def test_motion_weighs_a_pixel_by_its_larger_change_to_a_neighbour() -> None:
     frames = torch.zeros(1, 3, 1, 2, 3)
     frames[0, 1, 0, 0] = 0.5  # the left pixel lights up in the middle frame, and goes half dark again
     frames[0, 2, 0, 0] = 0.25
-    weight = losses.motion_weight(frames, gain=4.0)[0, :, 0, :, 0]
+    weight = motion_weight(frames, gain=4.0)[0, :, 0, :, 0]
     assert torch.allclose(weight, torch.tensor([[2.0, 0.0], [2.0, 0.0], [1.0, 0.0]]))
