@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldline.core.errors import WorldlineError
-from worldline.engine.ledger import Ledger
+from worldline.engine.ledger import Ledger, Row
 from worldline.engine.pace import Pace
 from worldline.engine.runtime import Engine
 
@@ -58,6 +58,18 @@ def test_the_chain_holds_each_of_its_parts() -> None:
     assert chain_with(action) != straight[5]
     assert chain_with(picture) != straight[5]
     assert chain_with(lambda world, action: world.memory[0, 5].add_(1e-6)) != straight[5]
+
+
+def test_an_action_is_in_the_chain_even_where_it_has_no_effect() -> None:
+    worlds = SmallWorld(), SmallWorld()
+    frames = []
+    for world, zero in zip(worlds, (0.0, -0.0), strict=True):
+        engine = Engine(world)
+        engine.reset(0)
+        frames.append(engine.step(np.array([zero, zero], dtype=np.float32)))
+    assert torch.equal(worlds[0].z, worlds[1].z)
+    assert frames[0].picture_hash == frames[1].picture_hash
+    assert frames[0].chain != frames[1].chain
 
 
 def test_any_thread_may_step() -> None:
@@ -116,15 +128,15 @@ def test_hidden_time_shows_as_unattributed() -> None:
         def gauge(self, value: np.ndarray) -> None:
             self._gauge = value
 
-    def coverage(world: SmallWorld) -> float:
+    def rows(world: SmallWorld) -> list[Row]:
         engine = Engine(world)
         engine.reset(0)
         for action in actions(10):
             engine.step(action)
-        return typical_coverage(engine)
+        return engine.ledger.rows()
 
-    assert coverage(SmallWorld(busy_ms=3.0)) >= 0.99
-    assert coverage(Hiding(busy_ms=3.0)) < 0.8
+    assert all(row.unattributed_ns >= 3_000_000 for row in rows(Hiding()))
+    assert min(row.unattributed_ns for row in rows(SmallWorld())) < 1_000_000
 
 
 def test_spans_from_outside_lengthen_the_frame() -> None:
