@@ -45,7 +45,7 @@ $(VENV)/.torch: constraints.txt
 	@echo "setting up $(VENV) with $(PYTHON) (once, 1 to 4 minutes)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { \
 		echo "$(PYTHON) -m venv failed; on Debian: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 2; }
-	$(PIP) --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) --no-deps --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@touch $@
 
 $(RUN_STAMP): $(VENV)/.torch pyproject.toml
