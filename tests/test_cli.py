@@ -192,6 +192,40 @@ def test_interrupting_says_what_is_kept_and_gives_130(tmp_path: Path) -> None:
     assert "Traceback" not in error
 
 
+def make_checkpoint(path: Path, weights_seed: int) -> Path:
+    import torch
+
+    from worldline.data.simulators import make_simulator
+    from worldline.engine.workloads.latent import make_starts, save_starts
+    from worldline.model.checkpoint import save_world
+    from worldline.model.world import World, WorldConfig
+
+    torch.manual_seed(weights_seed)
+    config = WorldConfig(latent_dim=8, hidden=16, conv_width=8, decoder_width=8, context=2)
+    save_world(path, World(config, make_simulator("two_room").spec).eval(), training={"note": "untrained"})
+    save_starts(path, make_starts("two_room", config.context, count=2))
+    return path
+
+
+def test_replay_tells_equal_from_different(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from worldline.engine.runtime import Engine
+    from worldline.engine.workloads.latent import LatentWorkload
+
+    make_checkpoint(here / "world", 0)
+    make_checkpoint(here / "other", 1)
+    workload = LatentWorkload.open("world")
+    with Engine(workload, record="session.wlr") as engine:
+        engine.reset(1)
+        for _ in range(5):
+            engine.step(workload.action)
+    assert main(["replay", "session.wlr"]) == 0
+    assert "6 frames at" in capsys.readouterr().out
+    assert main(["replay", "session.wlr", "--verify"]) == 0
+    assert "6 frames, equal to the bit" in capsys.readouterr().out
+    assert main(["replay", "session.wlr", "checkpoint=other", "--verify"]) == 1
+    assert "differs at frame 0" in capsys.readouterr().out
+
+
 def test_list_shows_what_is_here(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["collect", "env=two_room", "episodes=3", "steps=8", "workers=1", "path=datasets/small"])
     (here / "datasets/broken/meta").mkdir(parents=True)
