@@ -347,3 +347,30 @@ def test_recordings_are_never_overwritten(recorded: Path, tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(WorldlineError, match="cannot record there"):
         Engine(SmallWorld(), record=tmp_path / "file" / "x.wlr")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of a file as Linux does")
+def test_a_full_disk_ends_the_recording_not_the_session(tmp_path: Path) -> None:
+    path = tmp_path / "full.wlr"
+    code = (
+        "import resource, signal, time\n"
+        "from engine_world import SmallWorld, actions\n"
+        "from worldline.core.errors import WorldlineError\n"
+        "from worldline.engine.runtime import Engine\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))\n"
+        f"engine = Engine(SmallWorld(), record={str(path)!r}); engine.reset(0); told = []\n"
+        "for action in actions(120):\n"
+        "    time.sleep(0.02)\n"
+        "    try: engine.step(action)\n"
+        "    except WorldlineError as error: told.append(str(error))\n"
+        "print(len(told), engine.id, engine.recording, told[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent, check=True
+    )
+    assert done.stdout.startswith("1 120 None "), done.stdout
+    assert "the recording stopped (File too large)" in done.stdout
+    verdict = verify(path, SmallWorld())
+    assert verdict.ok
+    assert not verdict.complete
+    assert 50 < verdict.frames < 120
