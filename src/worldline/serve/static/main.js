@@ -40,6 +40,7 @@ const socket = new Socket({
     drift.add({ radius: frame.radius, error: frame.error, anchored: frame.flags & FLAG.anchored });
     stage.follow(frame.target, frame.flags & FLAG.first);
     newest = frame;
+    document.dispatchEvent(new CustomEvent("worldline:frame", { detail: { id: frame.id, time: performance.now(), busy: frame.busy, unattributed: frame.spans.at(-1) } }));
   },
   onEvent(event) {
     handlers[event.t]?.(event);
@@ -272,7 +273,7 @@ function paint(now) {
   set("frame-id", frame.id.toLocaleString("en"));
   set("dropped", frame.dropped.toLocaleString("en"));
   if (status?.recording) set("record-label", `Stop ${(status.recording.first === null ? 0 : frame.id - status.recording.first).toLocaleString("en")}`);
-  document.dispatchEvent(new CustomEvent("worldline:paint", { detail: { id: frame.id, time, latency, flags: frame.flags, chain: frame.chain, busy: frame.busy, unattributed: frame.spans.at(-1) } }));
+  document.dispatchEvent(new CustomEvent("worldline:paint", { detail: { id: frame.id, time, latency } }));
   if (first) refresh();
   if (now - charted > 200) {
     charted = now;

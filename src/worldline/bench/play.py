@@ -1,0 +1,243 @@
+"""Play in a real browser: does it keep its pace, how long from press to pixel, is every millisecond accounted for."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from worldline.core.errors import WorldlineError
+from worldline.core.files import read_json, write_bytes
+from worldline.core.result import write_result
+from worldline.core.seeding import rng_for
+from worldline.model.checkpoint import find_world
+
+FAST = 60
+BARS = {
+    "fast_ids_per_second_min": (">=", 59.0),
+    "fast_between_frames_p99_ms": ("<=", 41.7),
+    "press_to_pixel_p50_ms": ("<=", 60.0),
+    "coverage": (">=", 0.99),
+    "start_to_first_frame_s": ("<=", 5.0),
+}
+_WARM_UP_S = 3.0
+_ARGUMENTS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
+    *("--disable-component-update", "--disable-sync"),
+)
+_WATCH = """() => {
+    window.seen = { frames: [], paints: [] };
+    document.addEventListener("worldline:frame", ({ detail }) => window.seen.frames.push(detail));
+    document.addEventListener("worldline:paint", ({ detail }) => window.seen.paints.push(detail));
+}"""
+_TAKE = """() => {
+    const taken = { frames: window.seen.frames, paints: window.seen.paints };
+    window.seen.frames = [];
+    window.seen.paints = [];
+    return taken;
+}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlayBenchConfig:
+    """What to play, and for how long."""
+
+    checkpoint: str
+    """A checkpoint, a run, or a shipped world's name."""
+    seconds: float = 60.0
+    """Time at each of the two paces."""
+    seed: int = 0
+    """Of the start and of the hand that presses keys."""
+    chromium: str = "/usr/bin/chromium"
+    reports: str = "reports"
+    """Where `DATE-play/` is written."""
+
+
+def run(config: PlayBenchConfig) -> Path:
+    """Play in headless Chromium at 60 FPS and in real time; write `result.json` and `report.md`.
+
+    Returns the report's path.
+
+    Raises:
+        WorldlineError: no such checkpoint, no browser, or too short a time to say anything.
+    """
+    if config.seconds < 3:
+        raise WorldlineError(f"the play benchmark wants at least 3 seconds at each pace, got {config.seconds:g}")
+    find_world(config.checkpoint)
+    with tempfile.TemporaryDirectory() as folder, _browser(config.chromium) as browser:
+        timing = _play(config, browser, folder)
+    out = Path(config.reports) / f"{date.today():%Y-%m-%d}-play"
+    figures = {"checkpoint": config.checkpoint, "seconds": config.seconds, "seed": config.seed, "fast_fps": FAST}
+    write_result(out / "result.json", "bench-play", figures, timing)
+    report = out / "report.md"
+    write_bytes(report, _report(read_json(out / "result.json")).encode())
+    return report
+
+
+def _play(config: PlayBenchConfig, browser: Any, folder: str) -> dict[str, Any]:
+    began = time.time()
+    with _server(config, folder) as address:
+        page = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
+        page.add_init_script(f"({_WATCH})()")
+        page.goto(address)
+        _until(page, "window.seen.paints.length > 0")
+        first = page.evaluate("(performance.timeOrigin + window.seen.paints[0].time) / 1000")
+        hand = _Hand(page, config.seed)
+        page.select_option("#pace", str(FAST))
+        fast = _measure(page, hand, config.seconds)
+        page.select_option("#pace", index=1)
+        real = _measure(page, hand, config.seconds)
+    gaps = np.diff(_column(fast["paints"], "time"))
+    latencies = _column(real["paints"], "latency")
+    latencies = latencies[np.isfinite(latencies)]
+    if len(latencies) < 10:
+        raise WorldlineError(f"only {len(latencies)} presses were painted; give the benchmark more seconds")
+    frames = fast["frames"] + real["frames"]
+    busy, unattributed = _column(frames, "busy"), _column(frames, "unattributed")
+    received, painted = _per_second(fast["frames"]), _per_second(fast["paints"])
+    return {
+        "fast_ids_per_second_min": float(received.min()),
+        "fast_ids_per_second_mean": float(received.mean()),
+        "fast_painted_per_second_min": float(painted.min()),
+        "fast_painted_per_second_mean": float(painted.mean()),
+        "fast_between_frames_p50_ms": float(np.percentile(gaps, 50)),
+        "fast_between_frames_p99_ms": float(np.percentile(gaps, 99)),
+        "press_to_pixel_p50_ms": float(np.percentile(latencies, 50)),
+        "press_to_pixel_p99_ms": float(np.percentile(latencies, 99)),
+        "presses": len(latencies),
+        "fast_busy_p50_ms": float(np.percentile(_column(fast["frames"], "busy"), 50)),
+        "fast_busy_p99_ms": float(np.percentile(_column(fast["frames"], "busy"), 99)),
+        "coverage": float(1.0 - unattributed.sum() / busy.sum()),
+        "start_to_first_frame_s": float(first - began),
+    }
+
+
+def _measure(page: Any, hand: _Hand, seconds: float) -> dict[str, Any]:
+    """Press keys for `seconds` after a warm-up; return what the page received and painted meanwhile."""
+    hand.press(_WARM_UP_S)
+    page.evaluate(_TAKE)
+    hand.press(seconds)
+    taken: dict[str, Any] = page.evaluate(_TAKE)
+    return taken
+
+
+class _Hand:
+    """Presses arrow keys, one at a time, held for 40 to 300 ms."""
+
+    def __init__(self, page: Any, seed: int) -> None:
+        self._page, self._rng = page, rng_for(seed, "bench-play")
+
+    def press(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            key = str(self._rng.choice(["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown"]))
+            self._page.keyboard.down(key)
+            self._page.wait_for_timeout(float(self._rng.uniform(40, 300)))
+            self._page.keyboard.up(key)
+            self._page.wait_for_timeout(float(self._rng.uniform(40, 200)))
+
+
+@contextmanager
+def _browser(executable: str) -> Iterator[Any]:
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise WorldlineError("the play benchmark needs Playwright; run: pip install 'worldline[dev]'") from None
+    if not Path(executable).exists():
+        raise WorldlineError(
+            f"{executable}: no browser there; run: apt-get install chromium, or name one: chromium=PATH"
+        )
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=list(_ARGUMENTS))
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def _server(config: PlayBenchConfig, folder: str) -> Iterator[str]:
+    options = (config.checkpoint, "port=0", f"seed={config.seed}", f"recordings={folder}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worldline", "play", *options, "open_browser=false"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if found := re.search(r"http://\S+", line):
+                yield found.group()
+                return
+        raise WorldlineError(f"the server ended before it printed its address; run: worldline play {config.checkpoint}")
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+        process.stdout.close()
+
+
+def _until(page: Any, condition: str) -> None:
+    end = time.monotonic() + 60
+    while not page.evaluate(condition):
+        if time.monotonic() > end:
+            raise WorldlineError(
+                f"the page showed no frame within 60 seconds; its state is {page.inner_text('#state')!r}"
+            )
+        page.wait_for_timeout(5)
+
+
+def _column(rows: list[dict[str, float | None]], name: str) -> Float64[np.ndarray, " n"]:
+    return np.array([np.nan if row[name] is None else row[name] for row in rows], dtype=np.float64)
+
+
+def _per_second(rows: list[dict[str, float | None]]) -> Float64[np.ndarray, " n"]:
+    """Return how many distinct ids came in each whole second."""
+    times, ids = _column(rows, "time"), _column(rows, "id")
+    seconds = ((times - times[0]) // 1000).astype(int)
+    return np.array([len(np.unique(ids[seconds == second])) for second in range(seconds.max())], dtype=np.float64)
+
+
+def _report(result: dict[str, Any]) -> str:
+    timing, made = result["timing"], result["provenance"]
+    kept = {name: _keeps(timing[name], bar) for name, bar in BARS.items()}
+    verdict = (
+        "every bar is kept" if all(kept.values()) else "not kept: " + ", ".join(n for n, ok in kept.items() if not ok)
+    )
+    lines = [
+        f"# Play in a browser: {verdict}",
+        "",
+        f"{result['checkpoint']}, {result['seconds']:g} s at {result['fast_fps']} FPS and {result['seconds']:g} s in "
+        f"real time, keys going down and up, headless Chromium on {made['machine']['cores']} cores "
+        f"({made['machine']['processor']}), commit {made['commit']}.",
+        "",
+        "| figure | value | bar | kept |",
+        "|---|---|---|---|",
+    ]
+    for name, value in timing.items():
+        sign, limit = BARS.get(name, ("", None))
+        bar = "" if limit is None else f"{sign} {limit:g}"
+        lines.append(f"| {name} | {value:.4g} | {bar} | {'' if name not in kept else 'yes' if kept[name] else 'no'} |")
+    lines += [
+        "",
+        "`ids` are distinct frames that the page received, `painted` those that it drew: a display of 60 Hz skips one "
+        "when two arrive between two refreshes. Between frames is measured from painting to painting; press to pixel "
+        "from a key's event time to the painting of the first frame that applied it. Coverage is the sum of the leaf "
+        "spans over the busy time.",
+        "",
+        f"Again: `{made['command']}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _keeps(value: float, bar: tuple[str, float]) -> bool:
+    return value >= bar[1] if bar[0] == ">=" else value <= bar[1]
