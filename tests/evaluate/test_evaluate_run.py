@@ -21,7 +21,9 @@ from worldline.model.references import ACTIONS_ONLY, CARD, load_references
 from worldline.model.world import World, WorldConfig
 from worldline.train.references import ReferencesConfig, make_references
 
-QUICK = ReferencesConfig(encoder_updates=150, encoder_batch=32, actions_updates=20, actions_batch=16, horizon=20)
+QUICK = ReferencesConfig(
+    encoder_updates=150, encoder_batch=32, actions_updates=20, actions_batch=16, horizon=20, good_enough=0.05
+)
 
 
 @pytest.fixture(scope="module")

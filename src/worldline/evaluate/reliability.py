@@ -20,7 +20,7 @@ from worldline.core.seeding import rng_for
 from worldline.core.types import Factor
 from worldline.model.factors import cross_entropy, squared_error
 
-Forecast = Mapping[str, Shaped[np.ndarray, "n t k"]]
+Forecast = Mapping[str, Shaped[np.ndarray, "n t _"]]
 
 DRAWS = 1000
 MIN_MOVED_WINDOWS = 30
@@ -79,7 +79,7 @@ class Forecasts:
     """The model again, given the action sequences of other episodes."""
     naive: Mapping[str, Forecast]
     """A naive forecast may leave a factor out."""
-    mean: Mapping[str, Float[np.ndarray, " k"]]
+    mean: Mapping[str, Float[np.ndarray, " _"]]
     """Training mean of a continuous factor, log class frequencies of a discrete one."""
 
 

@@ -76,7 +76,9 @@ def encode_split(world: World, cache: FrameCache, split: str, at_most: int, seed
     if len(pairs) > at_most:
         pairs = pairs[np.sort(rng_for(seed, "probe-frames", split).choice(len(pairs), at_most, replace=False))]
     latents = [encode_frames(world, cache.gather(pairs[i : i + 1024], 1)[:, 0]) for i in range(0, len(pairs), 1024)]
-    states = np.concatenate([states_of(dataset, e)[pairs[pairs[:, 0] == e, 1]] for e in np.unique(pairs[:, 0])])
+    states = np.concatenate(
+        [states_of(dataset, e)[pairs[pairs[:, 0] == e, 1]] for e in np.unique(pairs[:, 0]).tolist()]
+    )
     return RealFrames(np.concatenate(latents), states)
 
 
@@ -86,7 +88,7 @@ def states_of(dataset: Dataset, episode: int) -> Float32[np.ndarray, "t s"]:
     Raises:
         WorldlineError: the dataset has none.
     """
-    state = dataset.state(int(episode))
+    state = dataset.state(episode)
     if state is None or not dataset.spec.factors:
         raise WorldlineError(
             f"{dataset.path}: a model is scored on factors of a true state, and this dataset has none; use one that "

@@ -60,9 +60,9 @@ class FactorHead:
     """
 
     factors: tuple[Factor, ...]
-    mean: dict[str, Float[np.ndarray, " k"]]
+    mean: dict[str, Float[np.ndarray, " _"]]
     """Training mean of a continuous factor, log class frequencies of a discrete one."""
-    scale: dict[str, Float[np.ndarray, " k"]]
+    scale: dict[str, Float[np.ndarray, " _"]]
     """Standard deviation by column of a continuous factor."""
 
     @classmethod
