@@ -85,13 +85,15 @@ def joint_terms(
         terms["inverse_dynamics"] = losses.inverse_dynamics(action_hat, action)
     if stage.grounding:
         drawn = torch.randperm(z.shape[0] * z.shape[1], generator=generator)[: stage.pixel_frames].to(z.device)
-        noise = torch.randn(len(drawn), z.shape[2], generator=generator).to(z.device)
+        decoded = z.flatten(0, 1)[drawn]
+        if stage.latent_noise:
+            decoded = decoded + stage.latent_noise * torch.randn(decoded.shape, generator=generator).to(z.device)
         motion = None
         if stage.motion:
             motion = losses.motion_weight(batch.frames.float() / 255.0, stage.motion).flatten(0, 1)[drawn]
         terms["grounding"] = _pixels(
             world,
-            z.flatten(0, 1)[drawn] + stage.latent_noise * noise,
+            decoded,
             batch.frames.flatten(0, 1)[drawn],
             background,
             stage.foreground,
