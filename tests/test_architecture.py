@@ -13,7 +13,7 @@ FLOOR = {"core"}
 MAY_IMPORT = {
     "core": FLOOR,
     "data": FLOOR | {"data"},
-    "model": FLOOR | {"model", "data"},
+    "model": FLOOR | {"model"},
     "train": FLOOR | {"data", "model", "train"},
     "planning": FLOOR | {"data", "model", "planning"},
     "engine": FLOOR | {"data", "model", "engine"},
@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "serve": FLOOR | {"data", "model", "planning", "engine", "serve"},
 }
 """Subpackage -> subpackages it may import. `bench` and the modules of the command line may import all."""
-UPPER = {"bench", "cli", "commands", "config", "doctor", "listing", "quickstart", "starts", "__main__", "__init__"}
+UPPER = {"bench", "checkpoints", "cli", "commands", "config", "doctor", "listing", "quickstart", "__main__", "__init__"}
 HYDRA_ONLY_IN = "cli.py"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_PORT = 8765
-BENCHMARKS = ("engine",)
+BENCHMARKS = ("engine", "play")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +176,14 @@ def _bench_engine(config: Any, flags: set[str]) -> int:
     return 0
 
 
+def _bench_play(config: Any, flags: set[str]) -> int:
+    from worldline.bench.play import run
+
+    started = time.monotonic()
+    wrote(run(config).parent, started)
+    return 0
+
+
 COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
@@ -328,7 +336,7 @@ COMMANDS: dict[str, Command] = {
             summary="timings of this machine, with what they mean, written to reports/",
             about="""
             Without a NAME every benchmark runs with its defaults. Each writes result.json and report.md into
-            reports/DATE-NAME. The names: engine.
+            reports/DATE-NAME. The names: engine, play.
             """,
             examples=(
                 ("worldline bench", "all of them"),
@@ -348,6 +356,18 @@ COMMANDS: dict[str, Command] = {
             examples=(("worldline bench engine checkpoint=runs/pusht-tiny", "with a world of your own"),),
             run=_bench_engine,
             config="worldline.bench.engine:EngineBenchConfig",
+        ),
+        Command(
+            name="bench play",
+            summary="the page in a real browser: pace, press to pixel, where each frame's time goes",
+            about="""
+            Starts the page and headless Chromium, presses keys at random, at 60 FPS and then in real time, and
+            measures from the browser's own clock: frames a second, time between frames, press-to-pixel latency, and how much of
+            each frame's busy time the ledger names. Needs Chromium and Playwright (worldline doctor).
+            """,
+            examples=(("worldline bench play seconds=20", "a shorter look"),),
+            run=_bench_play,
+            config="worldline.bench.play:PlayBenchConfig",
         ),
     )
 }
