@@ -158,8 +158,9 @@ class Session:
             action = self._hands.action()
             frame = self._playing.step(action, begun_ns=begun, deadline_ns=deadline)
             self._show(frame, begun, Flag(0), lambda truth: truth.step(action))
-        except WorldlineError as error:
+        except WorldlineError as error:  # such as a full disk, which ends the recording and not the session
             self._tell(str(error))
+            self._notify(self.status())
 
     def _obey(self) -> bool:
         """Do what was asked since the last frame; return whether that made a frame."""
