@@ -362,8 +362,8 @@ COMMANDS: dict[str, Command] = {
             summary="the page in a real browser: pace, press to pixel, where each frame's time goes",
             about="""
             Starts the page and headless Chromium, presses keys at random, at 60 FPS and then in real time, and
-            measures from the browser's own clock: frames a second, time between frames, press-to-pixel latency, and how much of
-            each frame's busy time the ledger names. Needs Chromium and Playwright (worldline doctor).
+            measures from the browser's own clock: frames a second, time between frames, press-to-pixel latency, and
+            how much of each frame's busy time the ledger names. Needs Chromium and Playwright (worldline doctor).
             """,
             examples=(("worldline bench play seconds=20", "a shorter look"),),
             run=_bench_play,
