@@ -27,6 +27,9 @@ _ANY = "..."  # in help, a value that depends on what is asked for
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; return 0 when done, 1 for a difference, 2 for a mistake in the request, 130 on Ctrl-C."""
     arguments = sys.argv[1:] if argv is None else argv
+    # Read when torch loads. Threads that wait by spinning are dozens of times slower than one as soon as anything else
+    # runs on the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _dispatch(arguments)
     except WorldlineError as error:

@@ -53,9 +53,9 @@ class ReferencesConfig:
     actions_hidden: int = 64
     """Width of the forecaster's GRU."""
     horizon: int = 100
+    """Steps of the forecaster's windows."""
     good_enough: float = 0.005
     """Share of the factors' variance, left unexplained on validation episodes, at which a training ends."""
-    """Steps of the forecaster's windows."""
 
 
 class CanonicalEncoder(nn.Module):
