@@ -25,7 +25,7 @@ def make_curve(directory: Path) -> dict[str, list[float]]:
     config = TrainConfig(
         data=data,
         path=directory / "run",
-        model=WorldConfig(image_size=32, latent_dim=16, conv_width=8, hidden=32, decoder_width=8),
+        model=WorldConfig(image_size=32, latent_dim=16, conv_width=8, conv_head=8, hidden=32, decoder_width=8),
         joint=StageConfig(
             steps=30,
             batch=8,

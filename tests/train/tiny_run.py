@@ -15,7 +15,7 @@ def tiny_config(data: Path, path: Path) -> TrainConfig:
     return TrainConfig(
         data=data,
         path=path,
-        model=WorldConfig(image_size=32, latent_dim=16, conv_width=8, hidden=32, decoder_width=8),
+        model=WorldConfig(image_size=32, latent_dim=16, conv_width=8, conv_head=8, hidden=32, decoder_width=8),
         joint=StageConfig(
             steps=30,
             batch=4,

@@ -49,7 +49,9 @@ class Task:
     def print(self) -> None:
         elapsed = time.monotonic() - self._started
         left = f"{self._seconds_left():.0f} s left" if self._done > self._start_done else "starting"
-        line = f"{self._label}: {self._done}/{self._total}, {elapsed:.0f} s, {left} {self._note}".rstrip() + self._place()
+        line = (
+            f"{self._label}: {self._done}/{self._total}, {elapsed:.0f} s, {left} {self._note}".rstrip() + self._place()
+        )
         print(line, flush=True)
 
     def _seconds_left(self) -> float:

@@ -28,7 +28,7 @@ class WorldConfig:
 
     image_size: int = 64
     """Height and width of the pictures that the encoder sees, pixels; a multiple of 16."""
-    latent_dim: int = 128
+    latent_dim: int = 64
     """Length of a latent."""
     context: int = 4
     """Real frames that `World.begin` wants."""
@@ -38,7 +38,7 @@ class WorldConfig:
     encoder: Literal["conv", "vit"] = "conv"
     conv_width: int = 16
     """Channels of the stem; the blocks have 2 and 4 times as many."""
-    conv_head: int = 8
+    conv_head: int = 16
     """Channels of the grid that is flattened into the latent."""
     vit_patch: int = 8
     """Pixels along a side of a ViT's patch."""
@@ -50,7 +50,7 @@ class WorldConfig:
     """Attention heads of the ViT encoder."""
 
     predictor: Literal["gru", "transformer"] = "gru"
-    hidden: int = 384
+    hidden: int = 448
     """Width of the GRU and of the maps around it."""
     window: int = 8
     """Latents that the transformer sees."""

@@ -96,13 +96,28 @@ class StageConfig:
 
 
 def _joint() -> StageConfig:
+    """The encoder keeps the picture, noisy latents and all, and tells the actions; prediction hardly shapes it."""
     return StageConfig(
-        steps=3000, batch=16, rollout=48, target_stride=4, sigreg=0.1, grounding=20.0, own_rollout=1.0, foreground=4.0
+        steps=5000,
+        batch=24,
+        rollout=16,
+        target_stride=4,
+        sigreg=0.02,
+        grounding=100.0,
+        foreground=20.0,
+        motion=40.0,
+        latent_noise=0.1,
+        inverse_dynamics=0.3,
+        pixel_frames=96,
+        lr_encoder=2e-3,
+        lr_decoder=2e-3,
+        clip=5.0,
+        bfloat16=True,
     )
 
 
 def _frozen() -> StageConfig:
-    return StageConfig(steps=3000, batch=128, rollout=100, rollout_start=20)
+    return StageConfig(steps=1000, batch=96, rollout=100, rollout_start=16, bfloat16=True)
 
 
 @dataclass(frozen=True, kw_only=True)

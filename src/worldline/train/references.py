@@ -63,7 +63,7 @@ class CanonicalEncoder(nn.Module):
 
     def __init__(self, image_size: int, outputs: int) -> None:
         super().__init__()
-        self.encoder = ConvEncoder(image_size=image_size, latent_dim=_LATENT, width=16, head_channels=8)
+        self.encoder = ConvEncoder(image_size=image_size, latent_dim=_LATENT, width=16, head_channels=16)
         self.out = nn.Linear(_LATENT, outputs)
 
     def forward(self, frames: Tensor) -> Tensor:
