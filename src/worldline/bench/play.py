@@ -60,6 +60,7 @@ class PlayBenchConfig:
     seed: int = 0
     """Of the start and of the hand that presses keys."""
     chromium: str = "/usr/bin/chromium"
+    """The browser's program."""
     reports: str = "reports"
     """Where `DATE-play/` is written."""
 
