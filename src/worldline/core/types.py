@@ -64,7 +64,7 @@ class WorldSpec:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> WorldSpec:
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "factors"}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "factors"}
         factors = tuple(
             Factor(name=f["name"], columns=tuple(f["columns"]), kind=f["kind"]) for f in data.get("factors", ())
         )
