@@ -135,8 +135,9 @@ class TrainConfig:
     """The predictor alone, over long rollouts, on latents encoded once; with `grounding` the decoder too."""
     seed: int = 0
     """Of the first weights, the order of the data and all noise."""
-    threads: int = 0
-    """CPU threads to compute with; 0 leaves torch's own choice. Resuming is exact only with the same number."""
+    threads: int = 1
+    """CPU threads to compute with: one is fastest for small worlds, and the loader has its own; 0 leaves torch's own
+    choice. Resuming is exact only with the same number."""
     device: Literal["cpu", "cuda"] = "cpu"
     log_every: int = 20
     """Updates between two lines of metrics."""
