@@ -14,7 +14,8 @@ from worldline.engine.replay import verify
 from worldline.engine.workloads.latent import LatentWorkload
 from worldline.serve import protocol
 from worldline.serve.protocol import Flag, FrameMessage, unpack
-from worldline.serve.session import Pause, Play, Session, find_recording, new_recording
+from worldline.serve.recordings import find_recording, new_recording
+from worldline.serve.session import Pause, Play, Session
 from worldline.serve.truth import find_true_world
 
 

@@ -30,7 +30,8 @@ from worldline.engine.workloads.latent import LatentWorkload
 from worldline.model.checkpoint import read_card, shipped_worlds
 from worldline.serve.hub import POLICY, Hub
 from worldline.serve.protocol import MAX_FPS, MAX_UP_BYTES
-from worldline.serve.session import Session, find_recording
+from worldline.serve.recordings import find_recording
+from worldline.serve.session import Session
 from worldline.serve.truth import find_true_world
 
 STATIC = Path(__file__).resolve().parent / "static"
@@ -45,7 +46,7 @@ _HEADERS = {
     "cache-control": "no-cache",
 }
 _TITLES = {
-    "input": "keys and pointer become an action",
+    "input": "keys and pointer become an action, and the simulator is asked to take it too",
     "event": "a reset or a re-anchor in place of a step",
     "step": "the model imagines one step ahead, in latents",
     "gauge": "how far the latent is from those seen in training",
@@ -54,7 +55,7 @@ _TITLES = {
     "hash": "picture, state and action are hashed onto the chain",
     "record": "the frame is handed to the replay file's writer",
     "ledger": "writing this table's row",
-    "truth": "the simulator takes the same action, and its picture is compared",
+    "truth": "waiting for the simulator, which took the same action in its own process, and comparing its picture",
     "encode": "header and pictures become one message",
     "send": "the message is handed to the connections",
 }
@@ -236,10 +237,11 @@ def _open(config: PlayConfig) -> tuple[Hub, Session, str]:
         "can_anchor": True,
         "horizon_seconds": _horizon(checkpoint),
     }
-    hub = Hub(checkpoint, hello, {"available": truth is not None, "why": why})
+    hub = Hub(checkpoint, hello)
     session = Session(
         workload,
         truth=truth,
+        why_no_truth=why,
         recordings=Path(config.recordings),
         seed=config.seed,
         fps=config.fps,

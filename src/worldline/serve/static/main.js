@@ -20,7 +20,7 @@ const presses = new Percentiles(500);
 
 let hello = null; // what this world is
 let status = null; // what the session is doing
-let newest = null; // the frame to paint next
+const waiting = []; // frames to paint, one a refresh
 let painted = null;
 let lastInput = NaN;
 let behindUntil = 0;
@@ -28,6 +28,7 @@ let differs = null;
 let verifying = null;
 let charted = 0;
 const paints = [];
+const MAX_WAITING = 2; // two that came between two refreshes are both seen, unless more follow
 
 // ---- server to page
 
@@ -39,7 +40,8 @@ const socket = new Socket({
     ledger.add(frame, frame.flags & FLAG.missed);
     drift.add({ radius: frame.radius, error: frame.error, anchored: frame.flags & FLAG.anchored });
     stage.follow(frame.target, frame.flags & FLAG.first);
-    newest = frame;
+    waiting.push(frame);
+    if (waiting.length > MAX_WAITING) waiting.shift();
     document.dispatchEvent(new CustomEvent("worldline:frame", { detail: { id: frame.id, time: performance.now(), busy: frame.busy, unattributed: frame.spans.at(-1) } }));
   },
   onEvent(event) {
@@ -59,7 +61,8 @@ const handlers = {
     hello = event;
     differs = verifying = null;
     lastInput = NaN;
-    newest = painted = null;
+    waiting.length = 0;
+    painted = null;
     ledger.begin(event.stages);
     drift.clear();
     presses.clear();
@@ -177,7 +180,7 @@ function refresh() {
   $("open").textContent = replay ? "Play on" : "Open";
   $("truth-on").checked = truth.on;
   $("truth-on").disabled = !player || !truth.available;
-  set("truth-empty", truth.available ? "The true world is off." : truth.why);
+  set("truth-empty", truth.why || "The true world is off.");
   $("truth-empty").hidden = truth.on;
   $("truth").hidden = !truth.on;
   const difference = truth.on && $("diff-on").checked;
@@ -235,6 +238,10 @@ function trustWords(frame, share) {
 function showNumbers(frame) {
   const share = drift.insideShare;
   const outside = Boolean(frame.flags & FLAG.outside);
+  set("frame-id", frame.id.toLocaleString("en"));
+  set("fps", paints.length.toFixed(1));
+  set("dropped", frame.dropped.toLocaleString("en"));
+  if (status?.recording) set("record-label", `Stop ${(status.recording.first === null ? 0 : frame.id - status.recording.first).toLocaleString("en")}`);
   set("trust-words", trustWords(frame, share));
   set("radius", known(frame.radius, (value) => value.toFixed(2)));
   set("inside", known(share, (value) => `${Math.round(100 * value)} %`));
@@ -257,9 +264,10 @@ function showNumbers(frame) {
 
 function paint(now) {
   requestAnimationFrame(paint);
-  if (!newest || newest === painted) return;
+  const frame = waiting.shift();
+  if (!frame) return;
   const first = !painted;
-  const frame = (painted = newest);
+  painted = frame;
   stage.show(frame, { difference: $("diff-on").checked, pointer: input.pointer });
   const time = performance.now();
   let latency = NaN;
@@ -270,14 +278,10 @@ function paint(now) {
   }
   paints.push(time);
   while (paints[0] < time - 1000) paints.shift();
-  set("frame-id", frame.id.toLocaleString("en"));
-  set("dropped", frame.dropped.toLocaleString("en"));
-  if (status?.recording) set("record-label", `Stop ${(status.recording.first === null ? 0 : frame.id - status.recording.first).toLocaleString("en")}`);
   document.dispatchEvent(new CustomEvent("worldline:paint", { detail: { id: frame.id, time, latency } }));
   if (first) refresh();
   if (now - charted > 200) {
     charted = now;
-    set("fps", paints.length.toFixed(1));
     showNumbers(frame);
     if (currentState() !== shownState) refresh();
   }

@@ -5,38 +5,25 @@ const TRAIL = 24;
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 class Pixels {
-  // A canvas that shows an RGB picture of any size, enlarged without smoothing.
+  // A canvas of the picture's own size; the style sheet enlarges it without smoothing.
   constructor(canvas) {
     this.canvas = canvas;
     this.context = canvas.getContext("2d", { alpha: false });
-    this.small = document.createElement("canvas");
-    this.smallContext = this.small.getContext("2d");
     this.image = null;
-    // One canvas pixel a device pixel, so that every picture pixel is an even square on dense screens too.
-    const fit = () => {
-      const scale = Math.max(1, Math.round(devicePixelRatio));
-      canvas.width = canvas.height = canvas.clientWidth * scale || canvas.width;
-      this.paint();
-    };
-    fit();
-    addEventListener("resize", fit);
   }
 
   size(width, height) {
-    if (this.small.width !== width || this.small.height !== height || !this.image) {
-      this.small.width = width;
-      this.small.height = height;
-      this.image = this.smallContext.createImageData(width, height);
+    if (this.image?.width !== width || this.image.height !== height) {
+      this.canvas.width = width;
+      this.canvas.height = height;
+      this.image = this.context.createImageData(width, height);
       this.image.data.fill(255);
     }
     return this.image.data;
   }
 
   paint() {
-    if (!this.image) return;
-    this.smallContext.putImageData(this.image, 0, 0);
-    this.context.imageSmoothingEnabled = false;
-    this.context.drawImage(this.small, 0, 0, this.canvas.width, this.canvas.height);
+    this.context.putImageData(this.image, 0, 0);
   }
 
   show(rgb, width, height) {
