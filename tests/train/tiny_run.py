@@ -27,6 +27,8 @@ def tiny_config(data: Path, path: Path) -> TrainConfig:
             grounding=10.0,
             rollout_pixels=1.0,
             inverse_dynamics=0.1,
+            features=1.0,
+            latent_noise=0.1,
             foreground=4.0,
             pixel_frames=16,
             projections=16,

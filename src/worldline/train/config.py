@@ -40,6 +40,8 @@ class StageConfig:
     """Weight of the pixel error of decoded real latents."""
     rollout_pixels: float = 0.0
     """Weight of the pixel error of decoded rolled-out latents."""
+    features: float = 0.0
+    """Weight of telling a picture's features, edges and pixels whitened, from its latent (the joint stage only)."""
     inverse_dynamics: float = 0.0
     """Weight of telling the action from two latents in a row."""
 
@@ -52,12 +54,13 @@ class StageConfig:
     motion: float = 0.0
     """Extra weight of a pixel that changes between neighbouring looked-at frames from black to white (joint only)."""
     latent_noise: float = 0.0
-    """Standard deviation of the noise on latents that `grounding` decodes: near latents must mean near pictures."""
+    """Standard deviation of the noise on latents that `grounding` and `features` read: near latents must mean near
+    pictures."""
     projections: int = 256
     """Random directions of SIGReg."""
 
     lr_encoder: float = 1e-3
-    """Highest learning rate of the encoder."""
+    """Highest learning rate of the encoder, and of the heads that only training has."""
     lr_predictor: float = 1e-3
     """Highest learning rate of the predictor."""
     lr_decoder: float = 1e-3
@@ -152,8 +155,10 @@ class TrainConfig:
                 raise WorldlineError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.joint.steps + self.frozen.steps == 0:
             raise WorldlineError("joint.steps and frozen.steps are both 0; there is nothing to train")
-        if self.frozen.sigreg or self.frozen.inverse_dynamics:
-            raise WorldlineError("the frozen stage leaves the encoder alone: its sigreg and inverse_dynamics must be 0")
+        if self.frozen.sigreg or self.frozen.inverse_dynamics or self.frozen.features:
+            raise WorldlineError(
+                "the frozen stage leaves the encoder alone: its sigreg, inverse_dynamics and features must be 0"
+            )
         if self.frozen.motion:
             raise WorldlineError("the frozen stage decodes single frames: its motion must be 0")
         if self.frozen.target_stride != 1:

@@ -41,8 +41,9 @@ from worldline.train.checkpoint import (
     truncate_lines,
 )
 from worldline.train.config import StageConfig, TrainConfig, rollout_length, stage_at, total_steps
+from worldline.train.features import PictureFeatures, describe_episodes
 from worldline.train.losses import warmup_cosine
-from worldline.train.objective import InverseHead, Terms, frozen_terms, joint_terms, weighted_sum
+from worldline.train.objective import Heads, Terms, frozen_terms, joint_terms, weighted_sum
 from worldline.train.validate import Validation
 from worldline.train.windows import FrozenWindows, JointWindows, action_statistics, encode_frames, sample_frames
 
@@ -80,7 +81,8 @@ class _Training:
         self.gauge_frames = sample
         background = np.median(sample[:: max(1, len(sample) // _BACKGROUND_FRAMES)], axis=0) / 255.0
         self.background = torch.from_numpy(background.astype(np.float32)).to(config.device)
-        self.world, self.inverse = _new_modules(config, dataset)
+        self.features = PictureFeatures(sample) if config.joint.features else None
+        self.world, self.heads = _new_modules(config, dataset, self.features)
         self.average: World | None = None
         self.optimizer: torch.optim.AdamW | None = None
         self._restored: dict[str, Tensor] = {}
@@ -111,7 +113,10 @@ class _Training:
         self._enter(name, stage)
         produce: Callable[[int], Any]
         if name == "joint":
-            produce = JointWindows(self.cache, stage, self.config.model.context, self.config.seed)
+            features = None
+            if self.features is not None:
+                features = describe_episodes(self.features, self.cache, self.dataset.split("train"))
+            produce = JointWindows(self.cache, stage, self.config.model.context, self.config.seed, features)
         else:
             produce = FrozenWindows(self.cache, stage, self.world, self.config.seed)
         sums, count, mark, waited = Terms(), 0, time.perf_counter(), 0.0
@@ -148,9 +153,10 @@ class _Training:
         with torch.autocast(device.type, torch.bfloat16, enabled=stage.bfloat16):
             if name == "joint":
                 generator = torch.Generator().manual_seed(seed_for(self.config.seed, "terms", local))
-                terms = joint_terms(self.world, self.inverse, batch, stage, rollout, self.background, generator)
+                terms = joint_terms(self.world, self.heads, batch, stage, rollout, self.background, generator)
             else:
-                terms = frozen_terms(self.world, batch, stage, rollout, self.background)
+                generator = torch.Generator().manual_seed(seed_for(self.config.seed, "frozen-terms", local))
+                terms = frozen_terms(self.world, batch, stage, rollout, self.background, generator)
         loss = weighted_sum(terms, stage)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -173,7 +179,7 @@ class _Training:
             (self.world.encoder if joint else None, stage.lr_encoder),
             (self.world.predictor, stage.lr_predictor),
             (self.world.decoder if joint or stage.grounding else None, stage.lr_decoder),
-            (self.inverse if joint else None, stage.lr_predictor),
+            (self.heads if joint else None, stage.lr_encoder),
         ]
         self.world.requires_grad_(False).train(joint)
         groups = []
@@ -211,7 +217,7 @@ class _Training:
             assert self.optimizer is not None
             tensors |= _optimizer_tensors(self.optimizer)
             tensors |= {} if self.average is None else _prefixed("world.", self.world)
-        tensors |= {} if self.inverse is None else _prefixed("inverse.", self.inverse)
+        tensors |= _prefixed("heads.", self.heads)
         saved = Saved(step=self.step, best_step=self.best_step, best_score=self.best_score, tensors=tensors)
         save_checkpoint(self.config.path, kept, saved, {**self.card, "step": self.step, "stage": name})
 
@@ -227,8 +233,7 @@ class _Training:
             if raw:
                 self.average = copy.deepcopy(self.world).requires_grad_(False)
                 self.average.load_state_dict(kept)
-            if self.inverse is not None:
-                self.inverse.load_state_dict(_without("inverse.", saved.tensors))
+            self.heads.load_state_dict(_without("heads.", saved.tensors))
             self._restored = _without("optimizer.", saved.tensors)
             print(f"{self.config.path}: going on from step {self.step}")
         for name in (METRICS, TIMING):
@@ -266,17 +271,16 @@ class _Training:
         print("  best/, last/: checkpoints; metrics.jsonl, timing.jsonl: curves; result.json: figures and provenance")
 
 
-def _new_modules(config: TrainConfig, dataset: Dataset) -> tuple[World, InverseHead | None]:
-    """Make a world with weights that only the seed decides, and the head that only some configurations train."""
+def _new_modules(config: TrainConfig, dataset: Dataset, features: PictureFeatures | None) -> tuple[World, Heads]:
+    """Make a world with weights that only the seed decides, and the heads that its training wants."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "weights"))
         world = World(config.model, dataset.spec)
-        inverse = None
-        if config.joint.inverse_dynamics:
-            inverse = InverseHead(config.model.latent_dim, dataset.spec.action_dim)
+        size = 0 if features is None else features.size
+        heads = Heads(config.joint, config.model.latent_dim, dataset.spec.action_dim, size)
     mean, std = action_statistics(dataset)
     world.set_action_statistics(torch.from_numpy(mean), torch.from_numpy(std))
-    return world.to(config.device), None if inverse is None else inverse.to(config.device)
+    return world.to(config.device), heads.to(config.device)
 
 
 @torch.no_grad()

@@ -94,6 +94,14 @@ def grounding(
     return (error if weight is None else error * weight).mean()
 
 
+def features(y_hat: Float[Tensor, "*b k"], y: Float[Tensor, "*b k"]) -> Float[Tensor, ""]:
+    """Return mean of (y_hat - y)^2, y the picture's features (`features.py`), y_hat told from its latent.
+
+    Like `grounding` it holds in the latent what can be seen, but small differences count as much as large ones.
+    """
+    return (y_hat - y).square().mean()
+
+
 def inverse_dynamics(action_hat: Float[Tensor, "b t a"], action: Float[Tensor, "b t a"]) -> Float[Tensor, ""]:
     """Return mean of (a_hat_t - a_t)^2, a_hat_t told from z_t and z_{t+1}; actions normalised.
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Float16, Int64, UInt8
 from torch import Tensor, nn
 
 from worldline.model.world import World
 from worldline.train import losses
 from worldline.train.config import StageConfig
+from worldline.train.features import FeatureHead
 
 Terms = dict[str, Tensor]
 
@@ -24,6 +25,8 @@ class JointBatch(NamedTuple):
     frames: UInt8[Tensor, "b n h w 3"]
     actions: Float[Tensor, "b t a"]
     """Every action of the window, whatever frames are left out."""
+    features: Float16[Tensor, "b n k"]
+    """Of each frame; k is 0 where the term is off."""
 
 
 class FrozenBatch(NamedTuple):
@@ -49,6 +52,15 @@ class InverseHead(nn.Module):
         return action
 
 
+class Heads(nn.Module):
+    """What training asks of latents and a world does not need; None where the term is off."""
+
+    def __init__(self, stage: StageConfig, latent_dim: int, action_dim: int, features: int) -> None:
+        super().__init__()
+        self.inverse = InverseHead(latent_dim, action_dim) if stage.inverse_dynamics else None
+        self.features = FeatureHead(latent_dim, features) if stage.features else None
+
+
 def picked_frames(context: int, rollout: int, stride: int) -> list[int]:
     """Return the places in a window that the joint stage looks at: the context, then every `stride`-th beyond."""
     return [*range(context), *range(context - 1 + stride, context + rollout, stride)]
@@ -56,7 +68,7 @@ def picked_frames(context: int, rollout: int, stride: int) -> list[int]:
 
 def joint_terms(
     world: World,
-    inverse: InverseHead | None,
+    heads: Heads,
     batch: JointBatch,
     stage: StageConfig,
     rollout: int,
@@ -79,15 +91,16 @@ def joint_terms(
     if stage.sigreg:
         groups = z.transpose(0, 1) if stage.sigreg_per_step else z.flatten(0, 1)[None]
         terms["sigreg"] = losses.sigreg(groups, generator, projections=stage.projections)
-    if inverse is not None and stage.inverse_dynamics:
-        action_hat = inverse(z[:, : neighbours - 1], z[:, 1:neighbours])
+    if heads.features is not None:
+        features = heads.features(_noisy(z, stage.latent_noise, generator))
+        terms["features"] = losses.features(features.float(), batch.features.float())
+    if heads.inverse is not None:
+        action_hat = heads.inverse(z[:, : neighbours - 1], z[:, 1:neighbours])
         action = world.normalise_actions(batch.actions[:, : neighbours - 1])
         terms["inverse_dynamics"] = losses.inverse_dynamics(action_hat, action)
     if stage.grounding:
         drawn = torch.randperm(z.shape[0] * z.shape[1], generator=generator)[: stage.pixel_frames].to(z.device)
-        decoded = z.flatten(0, 1)[drawn]
-        if stage.latent_noise:
-            decoded = decoded + stage.latent_noise * torch.randn(decoded.shape, generator=generator).to(z.device)
+        decoded = _noisy(z.flatten(0, 1)[drawn], stage.latent_noise, generator)
         motion = None
         if stage.motion:
             motion = losses.motion_weight(batch.frames.float() / 255.0, stage.motion).flatten(0, 1)[drawn]
@@ -107,7 +120,12 @@ def joint_terms(
 
 
 def frozen_terms(
-    world: World, batch: FrozenBatch, stage: StageConfig, rollout: int, background: Float[Tensor, "h w 3"]
+    world: World,
+    batch: FrozenBatch,
+    stage: StageConfig,
+    rollout: int,
+    background: Float[Tensor, "h w 3"],
+    generator: torch.Generator,
 ) -> Terms:
     """Return the unweighted terms of the frozen stage, by the name of their weight in the stage."""
     c, terms = world.config.context, Terms()
@@ -120,7 +138,8 @@ def frozen_terms(
     terms["own_rollout"] = losses.own_rollout(z_hat, z[:, c : c + rollout])
     rows, steps = batch.pixel_rows, batch.pixel_steps
     if stage.grounding:
-        terms["grounding"] = _pixels(world, z[rows, steps], batch.pixel_frames, background, stage.foreground)
+        decoded = _noisy(z[rows, steps], stage.latent_noise, generator)
+        terms["grounding"] = _pixels(world, decoded, batch.pixel_frames, background, stage.foreground)
     if stage.rollout_pixels:
         drawn = z_hat[rows, steps - c]
         terms["rollout_pixels"] = _pixels(world, drawn, batch.pixel_frames, background, stage.foreground)
@@ -130,6 +149,10 @@ def frozen_terms(
 def weighted_sum(terms: Terms, stage: StageConfig) -> Float[Tensor, ""]:
     """Return the loss: every term times its weight in the stage."""
     return torch.stack([getattr(stage, name) * term for name, term in terms.items()]).sum()
+
+
+def _noisy(z: Float[Tensor, "*b d"], std: float, generator: torch.Generator) -> Float[Tensor, "*b d"]:
+    return z + std * torch.randn(z.shape, generator=generator).to(z.device) if std else z
 
 
 def _pixels(

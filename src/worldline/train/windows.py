@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float16, Float32, Int64
 from torch import Tensor
 
 from worldline.core.errors import WorldlineError
@@ -26,8 +26,15 @@ _CHUNK = 512  # frames encoded at once
 class JointWindows:
     """Batch number `step` of the joint stage, on the CPU; a pure function of the seed and the step."""
 
-    def __init__(self, cache: FrameCache, stage: StageConfig, context: int, seed: int) -> None:
-        self._cache, self._stage, self._context = cache, stage, context
+    def __init__(
+        self,
+        cache: FrameCache,
+        stage: StageConfig,
+        context: int,
+        seed: int,
+        features: dict[int, Float16[Tensor, "t k"]] | None = None,
+    ) -> None:
+        self._cache, self._stage, self._context, self._features = cache, stage, context, features
         lengths = _lengths(cache.dataset, "train")
         self._sampler = Sampler(lengths, context + stage.rollout, stage.batch, seed_for(seed, "joint"))
 
@@ -37,7 +44,12 @@ class JointWindows:
         picks = picked_frames(self._context, rollout, self._stage.target_stride)
         window = picks[-1] + 1
         frames = np.stack([self._cache.frames(e, s, window)[picks] for e, s in indices.tolist()])
-        return JointBatch(torch.from_numpy(frames), _actions(self._cache.dataset, indices, self._context + rollout - 1))
+        actions = _actions(self._cache.dataset, indices, self._context + rollout - 1)
+        if self._features is None:
+            features = torch.zeros(*frames.shape[:2], 0, dtype=torch.float16)
+        else:
+            features = torch.stack([self._features[e][s : s + window][picks] for e, s in indices.tolist()])
+        return JointBatch(torch.from_numpy(frames), actions, features)
 
 
 class FrozenWindows:
