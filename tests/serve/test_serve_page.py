@@ -81,6 +81,23 @@ def test_frames_arrive_and_the_page_fits_the_screen(page: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 900
 
 
+def test_of_frames_that_come_between_two_refreshes_the_last_two_are_painted_in_turn(page: Any) -> None:
+    painted, received = page.evaluate("""async () => {
+        const refresh = window.requestAnimationFrame, received = [], painted = [];
+        let paint = null;
+        window.requestAnimationFrame = (callback) => { paint = callback; };
+        while (!paint) await new Promise((done) => setTimeout(done, 5));
+        document.addEventListener("worldline:frame", ({ detail }) => received.push(detail.id));
+        document.addEventListener("worldline:paint", ({ detail }) => painted.push(detail.id));
+        while (received.length < 3) await new Promise((done) => setTimeout(done, 5));
+        for (let i = 0; i < 4; i++) paint(performance.now());
+        window.requestAnimationFrame = refresh;
+        refresh(paint);
+        return [painted.slice(), received.slice()];
+    }""")
+    assert painted == received[-2:]
+
+
 def test_a_key_moves_the_true_agent_and_is_timed(page: Any) -> None:
     picture = "document.getElementById('truth').toDataURL()"
     before = page.evaluate(picture)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from worldline.core.errors import WorldlineError
+from worldline.data.simulators import make_simulator
 from worldline.engine.recording import Kind, Recording
 from worldline.engine.replay import verify
-from worldline.engine.workloads.latent import LatentWorkload
+from worldline.engine.workloads.latent import LatentWorkload, load_starts
 from worldline.serve import protocol
 from worldline.serve.protocol import Flag, FrameMessage, unpack
 from worldline.serve.recordings import find_recording, new_recording
@@ -24,13 +25,13 @@ class Desk:
 
     def __init__(self, checkpoint: Path, recordings: Path, fps: float = 200.0) -> None:
         workload = LatentWorkload.open(checkpoint)
-        truth, _ = find_true_world(workload.world.spec, workload.starts)
+        self.truth, _ = find_true_world(workload.world.spec, workload.starts)
         self.frames: list[FrameMessage] = []
         self.events: list[dict[str, Any]] = []
         self._news = threading.Condition()
         self.session = Session(
             workload,
-            truth=truth,
+            truth=self.truth,
             recordings=recordings,
             fps=fps,
             publish=lambda message: self._add(self.frames, unpack(message)),
@@ -152,6 +153,44 @@ def test_without_the_truth_there_is_no_second_picture_and_no_anchor(desk: Desk) 
     assert "true world" in desk.event("note")["text"]
     desk.session.post(protocol.Truth(on=True))
     desk.wait(lambda: desk.frames[-1].truth is not None)
+
+
+def test_every_true_picture_belongs_to_its_frame(desk: Desk, checkpoint: Path) -> None:
+    def play() -> None:
+        desk.session.post(protocol.Reset(seed=2))
+        for code in ("KeyD", "KeyS"):
+            desk.session.post(protocol.Key(code=code, down=True, time_ms=1.0))
+            desk.more(10)
+
+    path = record(desk, play)
+    shown = {frame.frame_id: frame for frame in desk.frames}
+    simulator, starts = make_simulator("two_room"), load_starts(checkpoint, make_simulator("two_room").spec)
+    begun = False
+    for r in Recording(path).records():
+        begun = begun or r.kind is Kind.RESET
+        if r.kind is Kind.RESET:
+            seen = starts.begin_truth(simulator, r.seed)
+        elif r.kind is Kind.STEP and begun:
+            seen = simulator.step(np.frombuffer(r.body, np.float32))
+        else:
+            continue
+        assert np.array_equal(shown[r.id].truth, seen.frame), f"frame {r.id}"
+    assert begun
+
+
+def test_a_dead_simulator_is_said_and_starts_again_when_switched_on(desk: Desk) -> None:
+    desk.more(3)
+    desk.truth.process.kill()
+    assert "ended by itself" in desk.event("note")["text"]
+    desk.wait(lambda: desk.frames[-1].truth is None)
+    desk.more(3)  # play goes on without it
+    status = [event for event in desk.events if event["t"] == "status"][-1]
+    assert status["truth"]["available"]
+    assert not status["truth"]["on"]
+    assert "ended by itself" in status["truth"]["why"]
+    desk.session.post(protocol.Truth(on=True))
+    desk.wait(lambda: desk.frames[-1].truth is not None)
+    assert desk.session.status()["truth"] == {"available": True, "on": True, "why": ""}
 
 
 def test_a_paused_session_makes_no_frames(desk: Desk) -> None:

@@ -31,12 +31,13 @@ class TrueWorld:
         self._expected: UInt8[np.ndarray, "h w 3"] | None = None
         self.asked = False
         """Whether an answer is still to be collected."""
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        """None after a failure, until the next `begin`."""
         self._start()
 
     def begin(self, seed: int) -> None:
         """Ask for the true picture of the start that `seed` picks."""
-        if self._process is None:
+        if self.process is None:
             self._start()
         start = seed % len(self._starts)
         self._ask(*self._starts.way(start))
@@ -75,16 +76,16 @@ class TrueWorld:
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None:
+        if self.process is not None:
             self._pipe.close()
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+            self.process.kill()
+            self.process.wait()
+            self.process = None
 
     def _start(self) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
         with theirs:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-m", "worldline.serve.simulator", self._name, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdout=subprocess.DEVNULL,

@@ -3,6 +3,7 @@
 export const RING = 300;
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const rgb = (colour) => colour.match(/[\da-f]{2}/gi).map((part) => parseInt(part, 16));
 
 // The model's own work is imagination, so it has that colour; what only carries data is grey.
 const COLOURS = {
@@ -106,6 +107,7 @@ export class LedgerView {
 
   theme() {
     this.paints = (this.colours ?? []).map((colour) => (colour.startsWith("--") ? css(colour) : colour));
+    this.words = this.paints.map((colour) => new Uint32Array(new Uint8Array([...rgb(colour), 255]).buffer)[0]);
     [...this.bar.children].forEach((part, i) => (part.style.background = this.paints[i]));
     this.rows.forEach(({ cells }, i) => cells[0].firstElementChild && (cells[0].firstElementChild.style.background = this.paints[i]));
   }
@@ -124,41 +126,37 @@ export class LedgerView {
     return (this.history ?? []).slice(-24).filter(({ missed }) => missed).length >= 6;
   }
 
-  draw(deadline) {
+  draw() {
     const medians = [];
     [...this.spans, this.busy].forEach((values, i) => {
       const shares = values.at(0.5, 0.95, 0.99);
-      shares.forEach((value, column) => (this.rows[i].cells[column + 1].textContent = Number.isNaN(value) ? "–" : value.toFixed(2)));
+      shares.forEach((value, column) => {
+        const text = Number.isNaN(value) ? "–" : value.toFixed(2);
+        const cell = this.rows[i].cells[column + 1];
+        if (cell.textContent !== text) cell.textContent = text;
+      });
       medians.push(shares[0] || 0);
     });
     medians.pop();
     const total = medians.reduce((sum, value) => sum + value, 0) || 1;
     medians.forEach((value, i) => (this.bar.children[i].style.width = `${(100 * value) / total}%`));
-    this.drawFrames(deadline);
   }
 
   drawFrames(deadline) {
     const { context, width, height } = chart(this.canvas);
     const [p99] = this.busy.at(0.99);
     const top = deadline > 0 ? deadline * 1.25 : Math.max(1, (p99 || 1) * 1.3);
+    this.drawColumns(context, top);
     const column = width / RING;
-    this.history.forEach(({ spans, missed }, i) => {
+    context.fillStyle = css("--warn");
+    this.history.forEach(({ missed }, i) => {
+      if (!missed) return;
       const x = width - (this.history.length - i) * column;
-      let y = height;
-      spans.forEach((span, stage) => {
-        const tall = Math.max(0, (span / top) * height);
-        context.fillStyle = this.paints[stage];
-        context.fillRect(x, y - tall, Math.ceil(column), tall);
-        y -= tall;
-      });
-      if (missed) {
-        context.fillStyle = css("--warn");
-        context.beginPath();
-        context.moveTo(x - 3, 1);
-        context.lineTo(x + 4, 1);
-        context.lineTo(x + 0.5, 8);
-        context.fill();
-      }
+      context.beginPath();
+      context.moveTo(x - 3, 1);
+      context.lineTo(x + 4, 1);
+      context.lineTo(x + 0.5, 8);
+      context.fill();
     });
     context.fillStyle = css("--soft");
     context.font = "11px system-ui, sans-serif";
@@ -169,6 +167,26 @@ export class LedgerView {
     } else {
       context.fillText(`full height ${top.toFixed(1)} ms, no deadline`, 6, 13);
     }
+  }
+
+  // Pixel by pixel: thousands of rectangles several times a second would cost more than the pictures do.
+  drawColumns(context, top) {
+    const { width, height } = this.canvas;
+    const image = context.createImageData(width, height);
+    const pixels = new Uint32Array(image.data.buffer);
+    const first = RING - this.history.length;
+    for (let x = 0; x < width; x++) {
+      const frame = this.history[Math.floor((x * RING) / width) - first];
+      if (!frame) continue;
+      let y = height;
+      let sum = 0;
+      frame.spans.forEach((span, stage) => {
+        sum += span;
+        const end = Math.max(0, Math.round(height * (1 - sum / top)));
+        while (y > end) pixels[--y * width + x] = this.words[stage];
+      });
+    }
+    context.putImageData(image, 0, 0);
   }
 }
 

@@ -52,6 +52,7 @@ export class Stage {
 
   theme() {
     this.action = css("--action");
+    this.still = false;
     this.warn = css("--warn").match(/[\da-f]{2}/gi)?.map((part) => parseInt(part, 16)) ?? [213, 94, 0];
   }
 
@@ -91,6 +92,10 @@ export class Stage {
 
   drawTrail(pointer) {
     const { context, overlay, trail } = this;
+    const [x, y] = trail.at(-1) ?? [NaN, NaN];
+    const still = !pointer?.down && trail.every(([x0, y0]) => x0 === x && y0 === y);
+    if (still && this.still) return;
+    this.still = still && trail.length === TRAIL;
     const size = overlay.width;
     context.clearRect(0, 0, size, size);
     context.strokeStyle = context.fillStyle = this.action;
@@ -108,7 +113,6 @@ export class Stage {
     }
     context.globalAlpha = 1;
     context.lineWidth = (2 * size) / 512;
-    const [x, y] = trail.at(-1) ?? [NaN, NaN];
     if (!Number.isNaN(x)) {
       context.beginPath();
       context.arc(x * size, y * size, (5 * size) / 512, 0, 2 * Math.PI);
