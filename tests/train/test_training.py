@@ -43,7 +43,10 @@ def test_a_run_learns_and_leaves_everything_in_its_place(finished_run: Path) -> 
     metrics = lines(finished_run)
     joint = [line for line in metrics if line["stage"] == "joint" and "loss" in line]
     assert [line["step"] for line in joint] == list(range(1, 31))
-    assert joint[0].keys() >= {*("one_step", "own_rollout", "sigreg", "grounding", "rollout_pixels"), "inverse_dynamics"}
+    assert joint[0].keys() >= {
+        *("one_step", "own_rollout", "sigreg", "grounding", "rollout_pixels"),
+        "inverse_dynamics",
+    }
     assert np.mean([line["features"] for line in joint[-5:]]) < 0.9 * joint[0]["features"]
     assert np.mean([line["grounding"] for line in joint[-5:]]) < 0.7 * np.mean(
         [line["grounding"] for line in joint[:5]]
@@ -80,6 +83,21 @@ def test_the_frozen_stage_changes_the_predictor_alone(finished_run: Path, tiny_d
     before, after = (load_world(run / "last").state_dict() for run in (joint_only, finished_run))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"predictor"}
+
+
+def test_another_runs_encoder_is_taken_and_kept(finished_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_data, tmp_path / "second")
+    joint = dataclasses.replace(config.joint, steps=0)
+    forced = dataclasses.replace(config.frozen, own_rollout=0.0, one_step=1.0)
+    second = train(dataclasses.replace(config, joint=joint, frozen=forced, encoder=finished_run))
+    assert "one_step" in lines(second)[0]
+    assert "own_rollout" not in lines(second)[0]
+    before, after = (load_world(run / "last").state_dict() for run in (finished_run, second))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"predictor"}
+    wider = dataclasses.replace(config.model, conv_head=16)
+    with pytest.raises(WorldlineError, match="its encoder does not fit this run's model"):
+        train(dataclasses.replace(config, model=wider, path=tmp_path / "third", encoder=finished_run))
 
 
 def test_killed_twice_it_finishes_with_the_same_bits(finished_run: Path, tiny_data: Path, tmp_path: Path) -> None:

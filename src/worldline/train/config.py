@@ -132,6 +132,9 @@ class TrainConfig:
     path: Path
     """The run directory to write. An unfinished run there goes on where it stopped; a finished one is never touched."""
     model: WorldConfig = field(default_factory=WorldConfig)
+    encoder: Path | None = None
+    """A checkpoint or run whose encoder and decoder are where training starts, instead of new ones. With joint.steps=0
+    they stay as they are, and predictors trained in different ways can be compared on the same latents."""
     joint: StageConfig = field(default_factory=_joint)
     """Encoder, predictor and decoder together, on pictures."""
     frozen: StageConfig = field(default_factory=_frozen)
@@ -166,7 +169,11 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        data = asdict(self) | {"data": str(self.data), "path": str(self.path)}
+        data = asdict(self) | {
+            "data": str(self.data),
+            "path": str(self.path),
+            "encoder": self.encoder and str(self.encoder),
+        }
         return dict(json.loads(json.dumps(data)))
 
 

@@ -92,6 +92,7 @@ class _Training:
             "provenance": provenance(),
             "seed": config.seed,
             "data": {"name": dataset.spec.name, "fingerprint": dataset.fingerprint},
+            "encoder": None if config.encoder is None else weights_sha256(load_world(config.encoder)),
             "config": config.to_json(),
         }
 
@@ -187,7 +188,7 @@ class _Training:
             if module is not None:
                 parameters = list(module.requires_grad_(True).parameters())
                 groups.append({"params": parameters, "lr": lr, "base_lr": lr})
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=stage.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=stage.weight_decay, fused=True)
         _fill_optimizer(self.optimizer, self._restored)
         self._restored = {}
         if stage.ema and self.average is None:
@@ -280,7 +281,20 @@ def _new_modules(config: TrainConfig, dataset: Dataset, features: PictureFeature
         heads = Heads(config.joint, config.model.latent_dim, dataset.spec.action_dim, size)
     mean, std = action_statistics(dataset)
     world.set_action_statistics(torch.from_numpy(mean), torch.from_numpy(std))
+    if config.encoder is not None:
+        _take_encoder(world, config.encoder)
     return world.to(config.device), heads.to(config.device)
+
+
+def _take_encoder(world: World, checkpoint: Path) -> None:
+    """Copy encoder, latent norm and decoder of a checkpoint."""
+    source = load_world(checkpoint)
+    for name in ("encoder", "latent_norm", "decoder"):
+        ours, theirs = getattr(world, name), getattr(source, name).state_dict()
+        shapes = {key: tensor.shape for key, tensor in theirs.items()}
+        if {key: tensor.shape for key, tensor in ours.state_dict().items()} != shapes:
+            raise WorldlineError(f"{checkpoint}: its {name} does not fit this run's; give the same model.* options")
+        ours.load_state_dict(theirs)
 
 
 @torch.no_grad()

@@ -133,9 +133,10 @@ def frozen_terms(
     if stage.one_step:
         z_hat = world.teacher_forced(z[:, : c + rollout - 1], actions[:, : c + rollout - 1])
         terms["one_step"] = losses.one_step(z_hat, z[:, 1 : c + rollout])
-    state = world.begin(z[:, :c], actions[:, : c - 1])
-    z_hat = world.rollout(state, actions[:, c - 1 : c - 1 + rollout])
-    terms["own_rollout"] = losses.own_rollout(z_hat, z[:, c : c + rollout])
+    if stage.own_rollout or stage.rollout_pixels:
+        state = world.begin(z[:, :c], actions[:, : c - 1])
+        z_hat = world.rollout(state, actions[:, c - 1 : c - 1 + rollout])
+        terms["own_rollout"] = losses.own_rollout(z_hat, z[:, c : c + rollout])
     rows, steps = batch.pixel_rows, batch.pixel_steps
     if stage.grounding:
         decoded = _noisy(z[rows, steps], stage.latent_noise, generator)
