@@ -51,9 +51,9 @@ class PictureFeatures:
         self._pixel_map *= (_PIXEL_VARIANCE / pixel_variance.sqrt().mean()).sqrt()
 
     @property
-    def size(self) -> int:
-        """Length of a description."""
-        return self._edge_map.shape[1] + self._pixel_map.shape[1]
+    def sizes(self) -> tuple[int, int]:
+        """Components of edges, and of pixels."""
+        return self._edge_map.shape[1], self._pixel_map.shape[1]
 
     def __call__(self, frames: UInt8[Tensor, "n h w 3"]) -> Float16[Tensor, "n k"]:
         """Describe pictures: edges, then pixels."""

@@ -277,7 +277,7 @@ def _new_modules(config: TrainConfig, dataset: Dataset, features: PictureFeature
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "weights"))
         world = World(config.model, dataset.spec)
-        size = 0 if features is None else features.size
+        size = 0 if features is None else sum(features.sizes)
         heads = Heads(config.joint, config.model.latent_dim, dataset.spec.action_dim, size)
     mean, std = action_statistics(dataset)
     world.set_action_statistics(torch.from_numpy(mean), torch.from_numpy(std))
