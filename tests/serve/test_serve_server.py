@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -15,7 +16,7 @@ from serve_client import Page, Server, running
 from websockets.exceptions import ConnectionClosed
 
 from worldline.core.errors import WorldlineError
-from worldline.serve.app import PlayConfig, serve
+from worldline.serve.app import PlayConfig, _listen, serve
 from worldline.serve.protocol import MAX_UP_BYTES
 
 
@@ -186,6 +187,25 @@ def test_record_download_verify(server: Server) -> None:
 @pytest.mark.parametrize("path", ["/recordings/none.wlr", "/recordings/..%2f..%2fetc%2fpasswd", "/static/../app.py"])
 def test_only_recordings_and_static_files_are_served(server: Server, path: str) -> None:
     assert get(server, path).status == 404
+
+
+def test_frames_do_not_wait_for_the_acknowledgement_of_the_last_one() -> None:
+    """Nagle's algorithm is off on the connections that asyncio makes of this listener."""
+
+    async def accepted() -> int:
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def note(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            done.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(note, sock=_listen("127.0.0.1", 0)) as server:
+            _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            set_on = await done
+            writer.close()
+        return set_on
+
+    assert asyncio.run(accepted()) != 0
 
 
 def test_a_port_in_use_is_one_line_with_the_next_step(checkpoint: Path) -> None:
