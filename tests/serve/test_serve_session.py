@@ -25,13 +25,13 @@ class Desk:
 
     def __init__(self, checkpoint: Path, recordings: Path, fps: float = 200.0) -> None:
         workload = LatentWorkload.open(checkpoint)
-        self.truth, _ = find_true_world(workload.world.spec, workload.starts)
+        truth, _ = find_true_world(workload.world.spec, workload.starts)
         self.frames: list[FrameMessage] = []
         self.events: list[dict[str, Any]] = []
         self._news = threading.Condition()
         self.session = Session(
             workload,
-            truth=self.truth,
+            truth=truth,
             recordings=recordings,
             fps=fps,
             publish=lambda message: self._add(self.frames, unpack(message)),
@@ -176,21 +176,6 @@ def test_every_true_picture_belongs_to_its_frame(desk: Desk, checkpoint: Path) -
             continue
         assert np.array_equal(shown[r.id].truth, seen.frame), f"frame {r.id}"
     assert begun
-
-
-def test_a_dead_simulator_is_said_and_starts_again_when_switched_on(desk: Desk) -> None:
-    desk.more(3)
-    desk.truth.process.kill()
-    assert "ended by itself" in desk.event("note")["text"]
-    desk.wait(lambda: desk.frames[-1].truth is None)
-    desk.more(3)  # play goes on without it
-    status = [event for event in desk.events if event["t"] == "status"][-1]
-    assert status["truth"]["available"]
-    assert not status["truth"]["on"]
-    assert "ended by itself" in status["truth"]["why"]
-    desk.session.post(protocol.Truth(on=True))
-    desk.wait(lambda: desk.frames[-1].truth is not None)
-    assert desk.session.status()["truth"] == {"available": True, "on": True, "why": ""}
 
 
 def test_a_paused_session_makes_no_frames(desk: Desk) -> None:

@@ -46,7 +46,7 @@ _HEADERS = {
     "cache-control": "no-cache",
 }
 _TITLES = {
-    "input": "keys and pointer become an action, and the simulator is asked to take it too",
+    "input": "keys and pointer become an action",
     "event": "a reset or a re-anchor in place of a step",
     "step": "the model imagines one step ahead, in latents",
     "gauge": "how far the latent is from those seen in training",
@@ -55,7 +55,7 @@ _TITLES = {
     "hash": "picture, state and action are hashed onto the chain",
     "record": "the frame is handed to the replay file's writer",
     "ledger": "writing this table's row",
-    "truth": "waiting for the simulator, which took the same action in its own process, and comparing its picture",
+    "truth": "the simulator takes the same action, and its picture is compared",
     "encode": "header and pictures become one message",
     "send": "the message is handed to the connections",
 }
@@ -237,11 +237,10 @@ def _open(config: PlayConfig) -> tuple[Hub, Session, str]:
         "can_anchor": True,
         "horizon_seconds": _horizon(checkpoint),
     }
-    hub = Hub(checkpoint, hello)
+    hub = Hub(checkpoint, hello, {"available": truth is not None, "why": why})
     session = Session(
         workload,
         truth=truth,
-        why_no_truth=why,
         recordings=Path(config.recordings),
         seed=config.seed,
         fps=config.fps,

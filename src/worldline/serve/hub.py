@@ -90,11 +90,12 @@ class Hub:
     Args:
         checkpoint: where the world came from; a verification opens it again.
         hello: what a page must know about this world, sent first.
+        truth: `{"available", "why"}`, whether there is a true world to show.
     """
 
-    def __init__(self, checkpoint: str, hello: dict[str, Any]) -> None:
+    def __init__(self, checkpoint: str, hello: dict[str, Any], truth: dict[str, Any]) -> None:
         self.session: Session
-        self._checkpoint, self._hello = checkpoint, hello
+        self._checkpoint, self._hello, self._truth = checkpoint, hello, truth
         self._clients: list[Client] = []
         self._loop: asyncio.AbstractEventLoop
         self._verification: asyncio.Task[None] | None = None
@@ -241,7 +242,8 @@ class Hub:
         self.session.post(Pause(player is None or not player.visible))
 
     def _status_for(self, client: Client, status: dict[str, Any]) -> dict[str, Any]:
-        return {**status, "player": client is self.player, "viewers": len(self._clients)}
+        truth = {**self._truth, "on": status["truth_on"]}
+        return {**status, "truth": truth, "player": client is self.player, "viewers": len(self._clients)}
 
 
 class _Refusal(Exception):

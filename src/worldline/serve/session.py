@@ -51,8 +51,6 @@ class Session:
     """One world, played by one person, seen by any number.
 
     Args:
-        truth: the true world beside it, where there is one.
-        why_no_truth: why there is none, in words for the page.
         publish: receives every packed frame, in the session's thread; it must not block.
         notify: receives events for the pages (JSON objects), in the session's thread; it must not block.
     """
@@ -62,7 +60,6 @@ class Session:
         workload: LatentWorkload,
         *,
         truth: TrueWorld | None,
-        why_no_truth: str = "",
         recordings: Path,
         seed: int = 0,
         fps: float | None = None,
@@ -76,7 +73,7 @@ class Session:
         self._workload, self._spec = workload, workload.world.spec
         self._playing = self.engine
         self._truth = truth
-        self._truth_on, self._why_no_truth = truth is not None, why_no_truth
+        self._truth_on = truth is not None
         self._true_picture: UInt8[np.ndarray, "h w 3"] | None = None
         self._seed, self._fps = seed, workload.fps if fps is None else fps
         self._publish, self._notify = publish, notify
@@ -121,7 +118,7 @@ class Session:
             "state": "paused" if self._paused else "replaying" if self._replay else "live",
             "fps": self._fps,
             "seed": self._seed,
-            "truth": {"available": self._truth is not None, "on": self._truth_on, "why": self._why_no_truth},
+            "truth_on": self._truth_on,
             "recording": None if recording is None else {"name": recording.name, "first": self._record_first},
             "replay": self._replay_name or None,
             "last": self._last,
@@ -146,8 +143,6 @@ class Session:
             raise
         finally:
             self.engine.close()
-            if self._truth is not None:
-                self._truth.close()
 
     def _frame(self) -> None:
         """Wait for the next slot and play one frame."""
@@ -160,9 +155,8 @@ class Session:
                 self._replay_one(self._replay)
                 return
             action = self._hands.action()
-            self._ask_truth(lambda truth: truth.step(action))
             frame = self._playing.step(action, begun_ns=begun, deadline_ns=deadline)
-            self._show(frame, begun, Flag(0))
+            self._show(frame, begun, Flag(0), lambda truth: truth.step(action))
         except WorldlineError as error:  # such as a full disk, which ends the recording and not the session
             self._tell(str(error))
             self._notify(self.status())
@@ -223,10 +217,9 @@ class Session:
     def _reset(self, seed: int) -> bool:
         begun = time.perf_counter_ns()
         self._seed, self._missed = seed, 0
-        self._ask_truth(lambda truth: truth.begin(seed))
         frame = self._playing.reset(seed)
         self._hands.begin(self._first_action(seed))
-        self._show(frame, begun, Flag.FIRST)
+        self._show(frame, begun, Flag.FIRST, lambda truth: truth.begin(seed))
         if self._pace:
             self._pace.restart()  # leading the simulator to its start takes longer than a slot
         return True
@@ -246,7 +239,7 @@ class Session:
             return False
         begun = time.perf_counter_ns()
         frame = self._playing.anchor(self._true_picture)
-        self._show(frame, begun, Flag.ANCHORED)
+        self._show(frame, begun, Flag.ANCHORED, None)
         return True
 
     def _record(self, on: bool) -> None:
@@ -287,19 +280,20 @@ class Session:
         self._notify(self.status())
 
     def _replay_record(self, record: Record, begun: int) -> None:
+        follow: Callable[[TrueWorld], UInt8[np.ndarray, "h w 3"]] | None = None
         flags = Flag(0)
         if record.kind is Kind.RESET:
-            self._ask_truth(lambda truth: truth.begin(record.seed))
-            frame, flags = self._playing.reset(record.seed, record.prompt), Flag.FIRST
+            frame = self._playing.reset(record.seed, record.prompt)
+            flags, follow = Flag.FIRST, lambda truth: truth.begin(record.seed)
         elif record.kind is Kind.ANCHOR:
             picture = np.frombuffer(record.body, dtype=np.uint8).reshape(self._playing.layout.frame_shape)
             frame, flags = self._playing.anchor(picture), Flag.ANCHORED
         else:
             action = np.frombuffer(record.body, dtype="<f4")
-            if self._true_picture is not None:
-                self._ask_truth(lambda truth: truth.step(action))
             frame = self._playing.step(action, begun_ns=begun)
             self._hands.begin(action)
+            if self._true_picture is not None:
+                follow = lambda truth: truth.step(action)  # noqa: E731
         if frame.chain != record.chain:
             name, number = self._replay_name, record.id
             self._leave_replay()
@@ -307,34 +301,20 @@ class Session:
             self._notify({"t": "verified", "equal": False, "text": f"{name} differs at frame {number}"})
             self._notify(self.status())
             return
-        self._show(frame, begun, flags)
+        self._show(frame, begun, flags, follow)
 
-    def _ask_truth(self, ask: Callable[[TrueWorld], None]) -> None:
-        """Set the simulator to work, if it is wanted, while the model works too."""
-        if self._truth is not None and self._truth_on:
-            try:
-                ask(self._truth)
-            except WorldlineError as error:
-                self._lose_truth(error)
-
-    def _collect_truth(self) -> None:
-        if self._truth is not None and self._truth.asked:
-            try:
-                self._true_picture, self._why_no_truth = self._truth.picture(), ""
-            except WorldlineError as error:
-                self._lose_truth(error)
-
-    def _lose_truth(self, error: WorldlineError) -> None:
-        """Play on without the true world, and say why."""
-        self._truth_on, self._true_picture, self._why_no_truth = False, None, str(error)
-        self._tell(str(error))
-        self._notify(self.status())
-
-    def _show(self, frame: Frame, begun: int, flags: Flag) -> None:
-        """Wait for the true world, then pack and publish the frame; each is a span of its own."""
+    def _show(
+        self,
+        frame: Frame,
+        begun: int,
+        flags: Flag,
+        follow: Callable[[TrueWorld], UInt8[np.ndarray, "h w 3"]] | None,
+    ) -> None:
+        """Let the true world follow, then pack and publish the frame; each is a span of its own."""
         ledger, clock = self._playing.ledger, time.perf_counter_ns
         started = clock()
-        self._collect_truth()
+        if self._truth is not None and self._truth_on and follow is not None:
+            self._true_picture = follow(self._truth)
         error = math.nan if self._true_picture is None else picture_error(frame.picture, self._true_picture)
         ledger.extend(frame.id, "truth", started, stopped := clock())
         message = protocol.pack(self._message(frame, begun, flags, error))

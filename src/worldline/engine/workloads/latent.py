@@ -45,16 +45,11 @@ class Starts:
     def __len__(self) -> int:
         return len(self.frames)
 
-    def way(self, start: int) -> tuple[int, Float32[np.ndarray, "n a"]]:
-        """Return the seed and the actions that lead a simulator to a start's last context frame."""
-        actions = np.concatenate([self.prefix[start, : self.prefix_lengths[start]], self.actions[start]])
-        return int(self.seeds[start]), actions
-
     def begin_truth(self, simulator: Simulator, seed: int) -> Observation:
         """Bring a simulator to the last context frame of the start that `seed` picks."""
-        simulator_seed, actions = self.way(seed % len(self))
-        observation = simulator.reset(simulator_seed)
-        for action in actions:
+        start = seed % len(self)
+        observation = simulator.reset(int(self.seeds[start]))
+        for action in (*self.prefix[start, : self.prefix_lengths[start]], *self.actions[start]):
             observation = simulator.step(action)
         return observation
 

@@ -181,7 +181,7 @@ function refresh() {
   $("open").textContent = replay ? "Play on" : "Open";
   $("truth-on").checked = truth.on;
   $("truth-on").disabled = !player || !truth.available;
-  set("truth-empty", truth.why || "The true world is off.");
+  set("truth-empty", truth.available ? "The true world is off." : truth.why);
   $("truth-empty").hidden = truth.on;
   $("truth").hidden = !truth.on;
   const difference = truth.on && $("diff-on").checked;
