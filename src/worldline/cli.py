@@ -7,6 +7,7 @@ a command needs it, so that help answers at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -22,6 +23,20 @@ from worldline.core.errors import WorldlineError
 
 CONF = Path(__file__).parent / "conf"
 _ANY = "..."  # in help, a value that depends on what is asked for
+_ROOM = "make room and give the same command again: what is finished is kept"
+_PLACE = "choose a place that can be written to"
+_MENDABLE = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "lift the limit on the size of files (ulimit -f), or choose another place",
+    errno.EACCES: _PLACE,
+    errno.EPERM: _PLACE,
+    errno.EROFS: _PLACE,
+    errno.ENOTDIR: _PLACE,
+    errno.EISDIR: _PLACE,
+    errno.ENAMETOOLONG: _PLACE,
+}
+"""What a person can do about errors of the file system; others are bugs and show their traceback."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has closed it: flush into nothing
         return 0
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"worldline: {where}{os.strerror(error.errno)}; {_MENDABLE[error.errno]}", file=sys.stderr)
+        return 2
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -93,7 +114,8 @@ def _check_words(command: Command, flags: set[str], overrides: list[str], paths:
     if len(paths) > bool(command.path):
         extra = paths[bool(command.path)]
         wanted = f"one {command.path.upper()}" if command.path else "no path"
-        raise WorldlineError(f"{command.name} takes {wanted} and option=value pairs, got {extra!r}")
+        options = ", only option=value pairs" if command.config and not command.path else ""
+        raise WorldlineError(f"{command.name} takes {wanted}{options}; got {extra!r}")
     if command.path_required and not paths and not any(word.startswith(f"{command.path}=") for word in overrides):
         raise WorldlineError(f"{command.name} needs a {command.path.upper()}, as in: {command.examples[0][0]}")
 

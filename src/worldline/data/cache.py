@@ -85,13 +85,18 @@ class FrameCache:
     def _build(self) -> None:
         dataset, size = self.dataset, self.image_size
         shape = (dataset.num_frames, size, size, 3)
-        with atomic_path(self.path) as temporary, progress(f"decode {dataset.spec.name}", dataset.num_frames) as task:
-            memory = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        # written from end to end, since a full disk under a memory-mapped file would kill the process
+        with (
+            atomic_path(self.path) as temporary,
+            open(temporary, "wb") as file,
+            progress(f"decode {dataset.spec.name}", dataset.num_frames) as task,
+        ):
+            np.lib.format.write_array_header_1_0(file, header)
             for episode in range(dataset.num_episodes):
                 frames = resize(dataset.read_episode(episode).frames, size)
-                memory[self._starts[episode] : self._starts[episode + 1]] = frames
+                file.write(np.ascontiguousarray(frames).data)
                 task.advance(len(frames))
-            memory.flush()
 
 
 def resize(frames: UInt8[np.ndarray, "t h w 3"], size: int) -> UInt8[np.ndarray, "t s s 3"]:

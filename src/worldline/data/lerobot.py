@@ -10,6 +10,8 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +60,12 @@ class Dataset:
             raise WorldlineError(
                 f"{self.path}: no LeRobot dataset here (expected meta/info.json); make one with `worldline collect`"
             )
-        self.info: dict[str, Any] = read_json(info_path)
-        self._check_version()
+        self.info = _read_object(info_path, ("codebase_version", "fps", "features", "total_episodes", "data_path"))
+        self._check_info(info_path)
         self.camera = self._find_camera(camera)
         self._sidecar: dict[str, Any] | None = None
         if (self.path / SIDECAR).exists():
-            self._sidecar = read_json(self.path / SIDECAR)
+            self._sidecar = _read_object(self.path / SIDECAR, ("spec", "split_key", "files"))
         self._verified: set[str] = set()
         self._episodes = self._read_episode_table()
         self.lengths: list[int] = [int(row["length"]) for row in self._episodes]
@@ -134,8 +136,8 @@ class Dataset:
         self._check_index(episode)
         return slice(int(self._starts[episode]), int(self._starts[episode + 1]))
 
-    def _check_version(self) -> None:
-        version = self.info.get("codebase_version")
+    def _check_info(self, path: Path) -> None:
+        version = self.info["codebase_version"]
         if version != VERSION:
             hint = (
                 "convert it with lerobot: python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 --repo-id=..."
@@ -143,6 +145,13 @@ class Dataset:
                 else "this reader knows that version only"
             )
             raise WorldlineError(f"{self.path}: expected LeRobot {VERSION}, got {version}; {hint}")
+        fps, features = self.info["fps"], self.info["features"]
+        if not isinstance(fps, int | float) or not fps > 0:
+            raise WorldlineError(f"{path}: expected a positive number as fps, got {fps!r}; mend it")
+        if not isinstance(features, dict) or not all(
+            isinstance(feature, dict) and {"dtype", "shape"} <= feature.keys() for feature in features.values()
+        ):
+            raise WorldlineError(f"{path}: expected features, each with dtype and shape; mend it, or copy it again")
 
     def _find_camera(self, wanted: str | None) -> str:
         cameras: list[str] = [
@@ -166,9 +175,14 @@ class Dataset:
         rows: list[dict[str, Any]] = []
         for path in paths:
             self._verify(path.relative_to(self.path).as_posix())
-            file = _open_parquet(path)
-            wanted = [name for name in file.schema_arrow.names if not name.startswith("stats/")]
-            rows += file.read(wanted).to_pylist()
+            wanted = [name for name in _columns(path) if not name.startswith("stats/")]
+            needed = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+            if self.info["features"][self.camera]["dtype"] == "video":
+                places = ("chunk_index", "file_index", "from_timestamp")
+                needed += [f"videos/{self.camera}/{place}" for place in places]
+            _require_columns(path, needed, wanted)
+            with _reading(path):
+                rows += _read_table(path, wanted).to_pylist()
         rows.sort(key=lambda row: row["episode_index"])
         if len(rows) != self.info["total_episodes"]:
             raise WorldlineError(
@@ -190,11 +204,8 @@ class Dataset:
         for chunk, index in files:
             relative = self.info["data_path"].format(chunk_index=chunk, file_index=index)
             self._verify(relative)
-            file = _open_parquet(self.path / relative)
-            missing = [name for name in names if name not in file.schema_arrow.names]
-            if missing:
-                raise WorldlineError(f"{self.path / relative}: expected the columns {missing}, which are not there")
-            table = file.read(names)
+            _require_columns(self.path / relative, names, _columns(self.path / relative))
+            table = _read_table(self.path / relative, names)
             for name in names:
                 parts[name].append(_column(table[name], f"{relative}: {name}"))
         columns = {name: np.concatenate(part) for name, part in parts.items()}
@@ -213,6 +224,8 @@ class Dataset:
         return actions, state, images if in_table else None
 
     def _checked(self, name: str, values: np.ndarray) -> Float32[np.ndarray, "n d"]:
+        if values.dtype.kind not in "iufb":
+            raise WorldlineError(f"{self.path}: {name}: expected numbers, got values such as {values.flat[0]!r}")
         values = values.astype(np.float32).reshape(len(values), -1)
         shape = tuple(self.info["features"][name]["shape"])
         if shape != values.shape[1:]:
@@ -229,7 +242,12 @@ class Dataset:
 
     def _sidecar_spec(self) -> WorldSpec:
         assert self._sidecar is not None
-        spec = WorldSpec.from_json(self._sidecar["spec"])
+        try:
+            spec = WorldSpec.from_json(self._sidecar["spec"])
+        except (TypeError, KeyError, AttributeError) as error:
+            raise WorldlineError(
+                f"{self.path / SIDECAR}: its spec is not one that this version reads ({error}); copy it again"
+            ) from None
         got = (self._actions.shape[1], 0 if self._state is None else self._state.shape[1])
         if got != (spec.action_dim, spec.state_dim):
             raise WorldlineError(
@@ -309,13 +327,40 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
+def _read_object(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Read a JSON object that has these keys."""
+    data = read_json(path)
+    if not isinstance(data, dict) or (missing := [key for key in keys if key not in data]):
+        lacking = f"one without {', '.join(missing)}" if isinstance(data, dict) else type(data).__name__
+        raise WorldlineError(f"{path}: expected a JSON object with {', '.join(keys)}, got {lacking}; copy it again")
+    return data
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name the file in what goes wrong; pyarrow tells of some kinds of damage by OSError."""
     try:
-        return pq.ParquetFile(path)
+        yield
     except FileNotFoundError:
         raise WorldlineError(f"{path}: missing; the dataset is incomplete, copy it again") from None
-    except pa.ArrowInvalid as error:
-        raise WorldlineError(f"{path}: not a readable parquet file ({error}); copy it again") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise WorldlineError(f"{path}: not a readable parquet file ({reason}); copy it again") from None
+
+
+def _columns(path: Path) -> list[str]:
+    with _reading(path):
+        return list(pq.read_schema(path).names)
+
+
+def _read_table(path: Path, names: list[str]) -> pa.Table:
+    with _reading(path):
+        return pq.ParquetFile(path).read(names)
+
+
+def _require_columns(path: Path, needed: list[str], there: list[str]) -> None:
+    if missing := [name for name in needed if name not in there]:
+        raise WorldlineError(f"{path}: expected the columns {missing}, which are not there; copy it again")
 
 
 def _column(column: pa.ChunkedArray, label: str) -> np.ndarray:
