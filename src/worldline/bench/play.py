@@ -229,9 +229,9 @@ def _report(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {value:.4g} | {bar} | {'' if name not in kept else 'yes' if kept[name] else 'no'} |")
     lines += [
         "",
-        "`ids` are distinct frames that the page received, `painted` those that it drew: a display of 60 Hz skips one "
-        "when two arrive between two refreshes. Between frames is measured from painting to painting; press to pixel "
-        "from a key's event time to the painting of the first frame that applied it. Coverage is the sum of the leaf "
+        "`ids` are distinct frames that the page received, `painted` those that it drew: of three that arrive between "
+        "two refreshes of the display it skips one. Between frames is measured from painting to painting; press to "
+        "pixel from a key's event time to the painting of the first frame that applied it. Coverage is the sum of the leaf "
         "spans over the busy time.",
         "",
         f"Again: `{made['command']}`",
