@@ -231,8 +231,8 @@ def _report(result: dict[str, Any]) -> str:
         "",
         "`ids` are distinct frames that the page received, `painted` those that it drew: of three that arrive between "
         "two refreshes of the display it skips one. Between frames is measured from painting to painting; press to "
-        "pixel from a key's event time to the painting of the first frame that applied it. Coverage is the sum of the leaf "
-        "spans over the busy time.",
+        "pixel from a key's event time to the painting of the first frame that applied it. Coverage is the sum of the "
+        "leaf spans over the busy time.",
         "",
         f"Again: `{made['command']}`",
         "",
