@@ -62,8 +62,11 @@ def _doctor(path: str, flags: set[str]) -> int:
 
 
 def _list(path: str, flags: set[str]) -> int:
+    from worldline.core.errors import WorldlineError
     from worldline.listing import listing
 
+    if path and not Path(path).is_dir():
+        raise WorldlineError(f"{path}: no such folder; give one with datasets/ and runs/ in it")
     print(listing(Path(path or ".")))
     return 0
 
@@ -129,6 +132,7 @@ def _play(config: Any, flags: set[str]) -> int:
 
 
 def _replay(config: Any, flags: set[str]) -> int:
+    from worldline.core.errors import WorldlineError
     from worldline.core.progress import progress
     from worldline.engine.recording import Recording
     from worldline.engine.replay import verify
@@ -143,7 +147,12 @@ def _replay(config: Any, flags: set[str]) -> int:
     if "--verify" not in flags:
         print(f"next: worldline replay {config.file} --verify")
         return 0
-    workload = LatentWorkload.open(config.checkpoint or made_by.get("checkpoint", ""))
+    if not recording.frames:
+        raise WorldlineError(f"{config.file}: holds no frame, so there is nothing to verify; record another session")
+    try:
+        workload = LatentWorkload.open(config.checkpoint or made_by.get("checkpoint", ""))
+    except WorldlineError as error:  # a changed weight byte, for example
+        raise WorldlineError(f"{config.file}: not verified from frame 0 on: {error}") from None
     with progress("verify", recording.frames) as task:
         verdict = verify(config.file, workload, lambda done, total: task.advance(1))
     print(verdict)
@@ -162,10 +171,12 @@ def _bench(name: str, flags: set[str]) -> int:
 
     if name:
         raise WorldlineError(f"no benchmark called {name!r}; there are {', '.join(BENCHMARKS)}")
+    worst = 0
     for each in BENCHMARKS:
         print(f"worldline bench {each}", flush=True)
-        subprocess.run([sys.executable, "-m", "worldline", "bench", each], check=True)
-    return 0
+        done = subprocess.run([sys.executable, "-m", "worldline", "bench", each], check=False)
+        worst = max(worst, done.returncode)
+    return worst
 
 
 def _bench_engine(config: Any, flags: set[str]) -> int:

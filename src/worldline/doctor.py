@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -135,18 +136,20 @@ def _video() -> Check:
     try:
         import av
 
-        encoders = {name for name in ("libx264", "libsvtav1") if _can_encode(name)}
+        from worldline.data.video import CODEC
+
+        encoders = {name for name in (CODEC, "libsvtav1") if _can_encode(name)}
     except ImportError as error:
         return Check(
             name="video", state="broken", finding=f"PyAV does not import: {error}", remedy=_pip(*_needed("av"))
         )
     library = f"PyAV {av.__version__}"
-    if "libx264" in encoders:
+    if CODEC in encoders:
         return Check(name="video", state="ok", finding=f"{library} with {', '.join(sorted(encoders))}")
     return Check(
         name="video",
         state="broken",
-        finding=f"{library} has no libx264, so datasets cannot be written",
+        finding=f"{library} has no {CODEC}, so datasets cannot be written",
         remedy=_pip("--force-reinstall", "--only-binary=:all:", *_needed("av")),
     )
 
@@ -170,23 +173,28 @@ def _two_room() -> Check:
 
 
 def _pusht() -> Check:
+    from worldline.data.pusht import SYSTEM_PACKAGES
     from worldline.data.simulators import make_simulator
 
     try:
         shape = make_simulator("pusht").reset(0).frame.shape
-    except WorldlineError:
-        finding = "gym-pusht is not installed; its shipped world plays all the same, without the true one beside it"
-        return Check(name="pusht", state="missing", finding=finding, remedy=_pip(*_needed(extra="envs")))
-    except ImportError as error:
-        finding = f"OpenCV does not import: {error}"
-        return Check(name="pusht", state="missing", finding=finding, remedy="apt-get install libgl1 libglib2.0-0")
+    except WorldlineError as error:
+        reason = str(error).split("; run:")[0]
+        finding = f"{reason}; its shipped world plays all the same, without the true one beside it"
+        remedy = SYSTEM_PACKAGES if find_spec("gym_pusht") else _pip(*_needed(extra="envs"))
+        return Check(name="pusht", state="missing", finding=finding, remedy=remedy)
     return Check(name="pusht", state="ok", finding=f"gym-pusht {version('gym-pusht')}, pictures {shape[0]}x{shape[1]}")
 
 
 def _worlds() -> Check:
-    from worldline.listing import shipped_worlds
+    from worldline.model.checkpoint import load_world, shipped_worlds
 
-    names = [world.path.name for world in shipped_worlds()]
+    names = shipped_worlds()
+    try:
+        for name in names:
+            load_world(name)
+    except WorldlineError as error:
+        return Check(name="shipped worlds", state="broken", finding=str(error), remedy="install worldline again")
     if names:
         return Check(name="shipped worlds", state="ok", finding=", ".join(names))
     return Check(name="shipped worlds", state="missing", finding="none in this version", remedy="worldline quickstart")

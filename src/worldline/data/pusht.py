@@ -17,6 +17,7 @@ from worldline.data.simulators import Observation, Policy
 
 IMAGE_SIZE = 64
 TABLE = 512.0
+SYSTEM_PACKAGES = "apt-get install libgl1 libglib2.0-0"
 _REACH = (16.0, TABLE - 16.0)
 _PUSH = (80.0, TABLE - 80.0)
 
@@ -45,11 +46,12 @@ class PushT:
 
     def __init__(self, image_size: int = IMAGE_SIZE) -> None:
         try:
+            import cv2
             import gym_pusht.envs.pusht as package
-        except ImportError:
+        except ModuleNotFoundError:
             raise WorldlineError("the PushT simulator is not installed; run: pip install 'worldline[envs]'") from None
-        import cv2
-
+        except ImportError as error:  # a shared library that OpenCV links is not there
+            raise WorldlineError(f"the PushT simulator does not load ({error}); run: {SYSTEM_PACKAGES}") from None
         self._cv2 = cv2
         self._size = image_size
         self._env: Any = package.PushTEnv(obs_type="pixels", observation_width=512, observation_height=512)
