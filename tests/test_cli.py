@@ -102,6 +102,9 @@ def test_presets_pick_only_options_that_exist(name: str) -> None:
         ("play nosuch", "no such world"),
         ("play port=99999", "0 to 65535"),
         ("replay nosuch.wlr", "nosuch.wlr"),
+        ("list nowhere", "no such folder"),
+        ("train jont.steps=5", "did you mean 'joint.steps'?"),
+        ("collect env=two_room path=a_file/x", "Not a directory; choose a place that can be written to"),
         ("bench nosuch", "no benchmark called 'nosuch'"),
         ("references nowhere", "no LeRobot dataset here"),
     ],
@@ -109,6 +112,7 @@ def test_presets_pick_only_options_that_exist(name: str) -> None:
 def test_a_mistake_is_one_line_and_status_2(
     words: str, told: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (here / "a_file").write_text("")
     assert main(words.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("worldline: ")
@@ -263,6 +267,23 @@ def test_doctor_finds_everything_needed_and_a_port_in_use(capsys: pytest.Capture
     shown = doctor.report([checks["port"], doctor.Check(name="torch", state="broken", finding="gone", remedy="get")])
     assert shown.endswith("broken: torch; optional and missing: port")
     assert "get it: get" in shown
+
+
+def test_without_opencvs_libraries_doctor_says_which_and_pusht_is_told_in_one_line(tmp_path: Path) -> None:
+    """A stand-in for a Debian without libgl1: importing OpenCV fails as it does there."""
+    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    code = (
+        "import sys; from worldline import cli, doctor; print(doctor.report([doctor._pusht(), doctor._worlds()]));"
+        "sys.exit(cli.main(['collect', 'env=pusht']))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.search(r"missing +pusht +the PushT simulator does not load \(libGL", done.stdout)
+    assert "get it: apt-get install libgl1 libglib2.0-0" in done.stdout
+    assert done.stderr.startswith("worldline: the PushT simulator does not load (libGL")
+    assert done.stderr.count("\n") == 1
 
 
 def test_help_into_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
