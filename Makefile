@@ -2,6 +2,7 @@
 # make setup   .venv with everything, development tools too
 # make test    set-up, linter, types, every test
 # make bench   the timings, written to reports/
+# make readme  the README's figures again, from the reports
 #
 # PYTHON=python3.12 picks an interpreter (3.10 to 3.12). TORCH_INDEX= (empty) takes PyPI's torch, which on Linux carries CUDA.
 
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 RUN_STAMP := $(VENV)/.worldline-run
 DEV_STAMP := $(VENV)/.worldline-dev
 
-.PHONY: demo setup test bench debian clean
+.PHONY: demo setup test bench readme debian clean
 
 demo: $(RUN_STAMP)
 	$(BIN)/worldline play port=$(PORT)
@@ -34,6 +35,9 @@ test: $(DEV_STAMP) debian
 
 bench: $(DEV_STAMP)
 	$(BIN)/worldline bench
+
+readme: $(DEV_STAMP)
+	$(BIN)/python scripts/readme
 
 debian:
 	@scripts/system-packages $(BIN)/python

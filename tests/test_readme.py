@@ -60,3 +60,10 @@ def test_commands_and_links_exist(page: str) -> None:
     assert set(re.findall(r"\bmake ([a-z]+)", code)) <= targets
     for link in re.findall(r"(?<!!)\[[^\]]*\]\(([^)#:]+)\)", text):
         assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
+@needs_world
+def test_the_figures_are_those_of_the_reports() -> None:
+    command = [sys.executable, str(ROOT / "scripts/readme"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

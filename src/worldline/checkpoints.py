@@ -43,8 +43,12 @@ def add_starts(checkpoint: str | Path) -> None:
 def add_result(checkpoint: str | Path, evaluation: Path) -> None:
     """Write an evaluation's headline figures into the checkpoint's card. Shipped worlds keep theirs."""
     directory = find_world(checkpoint)
-    if directory.is_relative_to(SHIPPED):
-        return
+    if not directory.is_relative_to(SHIPPED):
+        write_card_result(directory, evaluation)
+
+
+def write_card_result(directory: Path, evaluation: Path) -> None:
+    """Write an evaluation's headline figures into the card in `directory`, whatever world it is."""
     figures = read_json(evaluation / "result.json")
     verdict = figures["verdict"]
     horizon = verdict["h_star"]
