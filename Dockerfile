@@ -1,5 +1,6 @@
 # The worldline page on a CPU: docker build -t worldline . && docker run --rm -p 8765:8765 worldline
-# The address with its token is printed by the container; without the token the page refuses.
+# The container prints the address with its token, without which the page refuses. In the printed address stands the
+# container's name; on the machine that runs it, 127.0.0.1 takes its place.
 FROM python:3.12-slim-bookworm
 
 # OpenCV, which draws the true PushT world, links these two.

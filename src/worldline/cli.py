@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -248,6 +249,7 @@ def _overview() -> str:
         "  worldline quickstart             collect, train, evaluate and play a small world, in minutes",
         "",
         "worldline COMMAND --help explains a command with its options, their defaults and their meaning.",
+        "Exit status: 0 done, 1 a verification differs, 2 a mistake in the request, 130 interrupted.",
     ]
     return "\n".join(lines)
 
@@ -290,7 +292,7 @@ def _options_help(command: Command, width: int) -> list[str]:
             meaning = f"As {twin}."
         elif name in allowed:
             meaning = f"{' | '.join(map(str, allowed[name]))}. {meaning}"
-        rows.append((f"{name}={_shown(value)}", meaning.strip()))
+        rows.append((f"{name}={_shown(value)}", re.sub(r"\bNone\b", "null", meaning.strip())))
     return [*lines, "", "Options, with their defaults:", *_table(rows, width)]
 
 

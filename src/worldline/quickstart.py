@@ -27,20 +27,19 @@ class StageSeconds:
     """What each stage is expected to take on two cores; decides nothing but the estimate of the time left."""
 
     collect: float
-    """Seconds."""
+    """What collecting should take, seconds; used for the estimate of the time left alone."""
     references: float
-    """Seconds."""
+    """What the reference pack should take."""
     train: float
-    """Seconds."""
+    """What training should take."""
     evaluate: float
-    """Seconds."""
+    """What evaluating should take."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
     """Every stage's own options, and whether to play at the end."""
 
-    seconds: StageSeconds
     collect: CollectConfig
     references: ReferencesConfig
     train: TrainConfig
@@ -48,6 +47,7 @@ class QuickstartConfig:
     page: PlayConfig
     play: bool = True
     """Serve the page at the end; false ends after the evaluation."""
+    seconds: StageSeconds
 
 
 @dataclass(frozen=True, kw_only=True)
