@@ -210,6 +210,17 @@ def test_windows_hold_what_the_dataset_has(finished_run: Path, tiny_data: Path) 
             if np.array_equal(dataset.actions(e)[s : s + 15], actions)
         ]
         assert np.array_equal(cache.frames(episode)[[start + i for i in (0, 1, 2, 3, 5, 7, 9, 11, 13, 15)]], frames)
+    assert batch.loose.shape == (8, 32, 32, 3)
+    assert batch.features.shape == (48, 0)
+    known = np.concatenate([cache.frames(e) for e in trained])
+    for frame in batch.loose.numpy():  # what is left of some frame, mirrored and moved by at most 6 pixels
+        inner = [np.rot90(m, k)[6:26, 6:26] for m in (frame, frame[::-1]) for k in range(4)]
+        assert any(
+            (known[:, 6 + i : 26 + i, 6 + j : 26 + j] == seen).all(axis=(1, 2, 3)).any()
+            for i in range(-6, 7)
+            for j in range(-6, 7)
+            for seen in inner
+        )
     world = load_world(finished_run)
     stage = dataclasses.replace(config.frozen, rollout_pixels=1.0, pixel_frames=6)
     frozen = FrozenWindows(cache, stage, world, seed=1)(19)

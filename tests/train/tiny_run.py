@@ -28,6 +28,7 @@ def tiny_config(data: Path, path: Path) -> TrainConfig:
             rollout_pixels=1.0,
             inverse_dynamics=0.1,
             features=1.0,
+            loose_frames=8,
             latent_noise=0.1,
             foreground=4.0,
             pixel_frames=16,

@@ -42,6 +42,9 @@ class StageConfig:
     """Weight of the pixel error of decoded rolled-out latents."""
     features: float = 0.0
     """Weight of telling a picture's features, edges and pixels whitened, from its latent (the joint stage only)."""
+    loose_frames: int = 0
+    """Single frames an update, each moved and mirrored at random, that `features` sees beside the windows': an encoder
+    that only sees a dataset's own places learns them by heart (the joint stage only)."""
     inverse_dynamics: float = 0.0
     """Weight of telling the action from two latents in a row."""
 

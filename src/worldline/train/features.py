@@ -13,12 +13,9 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from worldline.core.progress import progress
-from worldline.data.cache import FrameCache
 
 _EDGES, _PIXELS = 256, 384
 """Components at most."""
@@ -55,13 +52,13 @@ class PictureFeatures:
         """Components of edges, and of pixels."""
         return self._edge_map.shape[1], self._pixel_map.shape[1]
 
-    def __call__(self, frames: UInt8[Tensor, "n h w 3"]) -> Float16[Tensor, "n k"]:
+    def __call__(self, frames: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n k"]:
         """Describe pictures: edges, then pixels."""
         parts = []
         for part in _chunks(frames):
             edges = (_edges(part) - self._edge_mean) @ self._edge_map
             pixels = (_pixels(part) - self._pixel_mean) @ self._pixel_map
-            parts.append(torch.cat((edges, pixels), dim=1).half())
+            parts.append(torch.cat((edges, pixels), dim=1))
         return torch.cat(parts)
 
 
@@ -77,18 +74,6 @@ class FeatureHead(nn.Module):
     def forward(self, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
         features: Tensor = self.layers(z)
         return features
-
-
-def describe_episodes(
-    features: PictureFeatures, cache: FrameCache, episodes: list[int]
-) -> dict[int, Float16[Tensor, "t k"]]:
-    """Describe every frame of some episodes once, into memory."""
-    described = {}
-    with progress("features", sum(cache.dataset.lengths[e] for e in episodes)) as task:
-        for episode in episodes:
-            described[episode] = features(torch.from_numpy(cache.frames(episode).copy()))
-            task.advance(len(described[episode]))
-    return described
 
 
 def _chunks(frames: UInt8[Tensor, "n h w 3"]) -> list[UInt8[Tensor, "m h w 3"]]:

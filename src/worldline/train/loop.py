@@ -41,7 +41,7 @@ from worldline.train.checkpoint import (
     truncate_lines,
 )
 from worldline.train.config import StageConfig, TrainConfig, rollout_length, stage_at, total_steps
-from worldline.train.features import PictureFeatures, describe_episodes
+from worldline.train.features import PictureFeatures
 from worldline.train.losses import warmup_cosine
 from worldline.train.objective import Heads, Terms, frozen_terms, joint_terms, weighted_sum
 from worldline.train.validate import Validation
@@ -114,10 +114,7 @@ class _Training:
         self._enter(name, stage)
         produce: Callable[[int], Any]
         if name == "joint":
-            features = None
-            if self.features is not None:
-                features = describe_episodes(self.features, self.cache, self.dataset.split("train"))
-            produce = JointWindows(self.cache, stage, self.config.model.context, self.config.seed, features)
+            produce = JointWindows(self.cache, stage, self.config.model.context, self.config.seed, self.features)
         else:
             produce = FrozenWindows(self.cache, stage, self.world, self.config.seed)
         sums, count, mark, waited = Terms(), 0, time.perf_counter(), 0.0

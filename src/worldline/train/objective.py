@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float16, Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from worldline.model.world import World
@@ -25,8 +25,10 @@ class JointBatch(NamedTuple):
     frames: UInt8[Tensor, "b n h w 3"]
     actions: Float[Tensor, "b t a"]
     """Every action of the window, whatever frames are left out."""
-    features: Float16[Tensor, "b n k"]
-    """Of each frame; k is 0 where the term is off."""
+    loose: UInt8[Tensor, "m h w 3"]
+    """Single frames, moved about, that only `features` sees."""
+    features: Float[Tensor, "f k"]
+    """Of the b n frames, then of the m loose ones; k is 0 where the term is off."""
 
 
 class FrozenBatch(NamedTuple):
@@ -77,7 +79,9 @@ def joint_terms(
 ) -> Terms:
     """Return the unweighted terms of the joint stage, by the name of their weight in the stage."""
     c, stride, terms = world.config.context, stage.target_stride, Terms()
-    z = world.encode(batch.frames)  # (b, n, d)
+    rows, looked_at = batch.frames.shape[:2]
+    encoded = world.encode(torch.cat((batch.frames.flatten(0, 1), batch.loose)))  # (b n + m, d)
+    z = encoded[: rows * looked_at].reshape(rows, looked_at, -1)
     predicted = losses.scale_gradient(z, stage.prediction_share)
     neighbours = z.shape[1] if stride == 1 else c  # so many first frames follow each other without a gap
 
@@ -92,8 +96,8 @@ def joint_terms(
         groups = z.transpose(0, 1) if stage.sigreg_per_step else z.flatten(0, 1)[None]
         terms["sigreg"] = losses.sigreg(groups, generator, projections=stage.projections)
     if heads.features is not None:
-        features = heads.features(_noisy(z, stage.latent_noise, generator))
-        terms["features"] = losses.features(features.float(), batch.features.float())
+        features = heads.features(_noisy(encoded, stage.latent_noise, generator))
+        terms["features"] = losses.features(features.float(), batch.features)
     if heads.inverse is not None:
         action_hat = heads.inverse(z[:, : neighbours - 1], z[:, 1:neighbours])
         action = world.normalise_actions(batch.actions[:, : neighbours - 1])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16, Float32, Int64
+from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from worldline.core.errors import WorldlineError
@@ -18,9 +18,11 @@ from worldline.data.lerobot import Dataset
 from worldline.data.sampler import Sampler
 from worldline.model.world import World
 from worldline.train.config import StageConfig, rollout_length
+from worldline.train.features import PictureFeatures
 from worldline.train.objective import FrozenBatch, JointBatch, picked_frames
 
 _CHUNK = 512  # frames encoded at once
+_SHIFT = 6  # pixels
 
 
 class JointWindows:
@@ -32,10 +34,12 @@ class JointWindows:
         stage: StageConfig,
         context: int,
         seed: int,
-        features: dict[int, Float16[Tensor, "t k"]] | None = None,
+        features: PictureFeatures | None = None,
     ) -> None:
-        self._cache, self._stage, self._context, self._features = cache, stage, context, features
+        self._cache, self._stage, self._context, self._seed = cache, stage, context, seed
+        self._features = features
         lengths = _lengths(cache.dataset, "train")
+        self._episodes = list(lengths)
         self._sampler = Sampler(lengths, context + stage.rollout, stage.batch, seed_for(seed, "joint"))
 
     def __call__(self, step: int) -> JointBatch:
@@ -45,11 +49,25 @@ class JointWindows:
         window = picks[-1] + 1
         frames = np.stack([self._cache.frames(e, s, window)[picks] for e, s in indices.tolist()])
         actions = _actions(self._cache.dataset, indices, self._context + rollout - 1)
-        if self._features is None:
-            features = torch.zeros(*frames.shape[:2], 0, dtype=torch.float16)
-        else:
-            features = torch.stack([self._features[e][s : s + window][picks] for e, s in indices.tolist()])
-        return JointBatch(torch.from_numpy(frames), actions, features)
+        loose = self._loose(step)
+        seen = torch.from_numpy(np.concatenate((frames.reshape(-1, *frames.shape[2:]), loose)))
+        features = torch.zeros(len(seen), 0) if self._features is None else self._features(seen)
+        return JointBatch(torch.from_numpy(frames), actions, torch.from_numpy(loose), features)
+
+    def _loose(self, step: int) -> UInt8[np.ndarray, "m h w 3"]:
+        """Draw frames from everywhere, move each by up to `_SHIFT` pixels, repeating its edges, and mirror it at random."""
+        size, rng = self._cache.image_size, rng_for(self._seed, "loose", step)
+        moved = np.empty((self._stage.loose_frames, size, size, 3), dtype=np.uint8)
+        for place in moved:
+            episode = self._episodes[rng.integers(len(self._episodes))]
+            frame = self._cache.frames(episode, int(rng.integers(self._cache.dataset.lengths[episode])), 1)[0]
+            down, across = (
+                np.clip(np.arange(size) + rng.integers(-_SHIFT, _SHIFT + 1), 0, size - 1)[:: rng.choice((-1, 1))]
+                for _ in range(2)
+            )
+            turned = frame[down][:, across]
+            place[:] = turned.transpose(1, 0, 2) if rng.integers(2) else turned
+        return moved
 
 
 class FrozenWindows:
