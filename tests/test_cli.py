@@ -230,6 +230,34 @@ def test_replay_tells_equal_from_different(here: Path, capsys: pytest.CaptureFix
     assert "differs at frame 0" in capsys.readouterr().out
 
 
+def test_a_checkpoint_and_data_that_do_not_fit_are_told_at_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before a reference pack is made, which takes minutes."""
+    make_checkpoint(here / "world", 0)
+    for env in ("pusht", "two_room"):
+        main(["collect", f"env={env}", "episodes=3", "steps=8", "workers=1", f"path={env}"])
+    capsys.readouterr()
+    assert main(["evaluate", "world", "data=./pusht"]) == 2
+    assert "world is a world of two_room, ./pusht holds episodes of pusht" in capsys.readouterr().err
+    assert main(["evaluate", "world", "data=./two_room"]) == 2
+    assert "needs at least 200 windows from 5 test episodes" in capsys.readouterr().err
+    assert not list(here.glob("*/references"))
+
+
+@pytest.mark.parametrize("command", ["play", "evaluate"])
+def test_a_damaged_checkpoint_is_one_line(here: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    main(["collect", "env=two_room", "episodes=3", "steps=8", "workers=1", "path=data"])
+    weights = make_checkpoint(here / "world", 0) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    capsys.readouterr()
+    for damaged in (bytes(content), bytes(content[:-10]), b""):
+        weights.write_bytes(damaged)
+        assert main([command, "world", *(["data=./data"] if command == "evaluate" else [])]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "is not the file its card describes" in error
+
+
 def test_list_shows_what_is_here(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["collect", "env=two_room", "episodes=3", "steps=8", "workers=1", "path=datasets/small"])
     (here / "datasets/broken/meta").mkdir(parents=True)

@@ -104,13 +104,23 @@ def _references(path: str, flags: set[str]) -> int:
 
 def _evaluate(config: Any, flags: set[str]) -> int:
     from worldline.checkpoints import add_result
+    from worldline.core.errors import WorldlineError
     from worldline.data.lerobot import open_dataset
     from worldline.evaluate.run import evaluate
+    from worldline.evaluate.windows import choose_windows
+    from worldline.model.checkpoint import load_world
     from worldline.model.references import CARD, DIRECTORY
     from worldline.train.references import make_references
 
     started = time.monotonic()
-    dataset = open_dataset(config.data)
+    world, dataset = load_world(config.checkpoint), open_dataset(config.data)
+    if dataset.spec.factors and world.spec.name != dataset.spec.name:
+        raise WorldlineError(
+            f"{config.checkpoint} is a world of {world.spec.name}, {config.data} holds episodes of "
+            f"{dataset.spec.name}; evaluate it on data of its own world"
+        )
+    # told now, not after the minutes that a reference pack takes
+    choose_windows(dataset, context=world.config.context, horizon=config.horizon, count=config.windows)
     if not (dataset.path / DIRECTORY / CARD).exists():
         print(f"{dataset.path} has no reference pack yet; making it, once")
         make_references(dataset)
