@@ -102,33 +102,45 @@ class StageConfig:
 
 
 def _joint() -> StageConfig:
-    """The encoder keeps the picture, noisy latents and all, and tells the actions; prediction hardly shapes it."""
+    """The encoder keeps what the picture shows, noisy latents and all, and tells the actions; prediction hardly shapes
+    it."""
     return StageConfig(
-        steps=5000,
+        steps=9000,
         batch=24,
-        rollout=16,
+        rollout=4,
         target_stride=4,
         sigreg=0.02,
-        grounding=100.0,
-        foreground=20.0,
-        motion=40.0,
+        features=25.0,
+        loose_frames=96,
         latent_noise=0.1,
-        inverse_dynamics=0.3,
-        pixel_frames=96,
+        inverse_dynamics=5.0,
         lr_encoder=2e-3,
         lr_decoder=2e-3,
+        weight_decay=0.02,
         clip=5.0,
         bfloat16=True,
     )
 
 
 def _frozen() -> StageConfig:
-    return StageConfig(steps=1000, batch=96, rollout=100, rollout_start=16, bfloat16=True)
+    """The predictor learns from its own long rollouts, the decoder to draw what the encoder keeps."""
+    return StageConfig(
+        steps=2500,
+        batch=96,
+        rollout=100,
+        rollout_start=16,
+        grounding=10.0,
+        foreground=20.0,
+        latent_noise=0.1,
+        lr_decoder=2e-3,
+        clip=5.0,
+        bfloat16=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run: first encoder, predictor and decoder together, then the predictor alone on frozen latents."""
+    """A training run: first the encoder with a predictor, then predictor and decoder on frozen latents."""
 
     data: Path
     """The dataset, a LeRobot v3 directory."""
@@ -139,9 +151,9 @@ class TrainConfig:
     """A checkpoint or run whose encoder and decoder are where training starts, instead of new ones. With joint.steps=0
     they stay as they are, and predictors trained in different ways can be compared on the same latents."""
     joint: StageConfig = field(default_factory=_joint)
-    """Encoder, predictor and decoder together, on pictures."""
+    """Encoder and predictor, and with `grounding` the decoder, on pictures."""
     frozen: StageConfig = field(default_factory=_frozen)
-    """The predictor alone, over long rollouts, on latents encoded once; with `grounding` the decoder too."""
+    """The predictor, over long rollouts, and with `grounding` the decoder, on latents encoded once."""
     seed: int = 0
     """Of the first weights, the order of the data and all noise."""
     threads: int = 1

@@ -55,7 +55,7 @@ class JointWindows:
         return JointBatch(torch.from_numpy(frames), actions, torch.from_numpy(loose), features)
 
     def _loose(self, step: int) -> UInt8[np.ndarray, "m h w 3"]:
-        """Draw frames from everywhere, move each by up to `_SHIFT` pixels, repeating its edges, and mirror it at random."""
+        """Draw frames from everywhere, move each by up to `_SHIFT` pixels, its edges repeated, and mirror it."""
         size, rng = self._cache.image_size, rng_for(self._seed, "loose", step)
         moved = np.empty((self._stage.loose_frames, size, size, 3), dtype=np.uint8)
         for place in moved:
