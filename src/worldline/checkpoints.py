@@ -33,8 +33,8 @@ def add_starts(checkpoint: str | Path) -> None:
         return
     card = read_card(directory)
     spec, config = WorldSpec.from_json(card["spec"]), card["config"]
-    if spec.name in NAMES and config["image_size"] == spec.image_size:
-        starts = make_starts(spec.name, config["context"], count=_STARTS)
+    if spec.name in NAMES:
+        starts = make_starts(spec.name, config["context"], count=_STARTS, image_size=config["image_size"])
     else:
         starts = _from_dataset(directory, card["training"], config["image_size"], config["context"])
     save_starts(directory, starts)

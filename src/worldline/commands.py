@@ -205,6 +205,14 @@ def _bench_play(config: Any, flags: set[str]) -> int:
     return 0
 
 
+def _bench_ablate(config: Any, flags: set[str]) -> int:
+    from worldline.bench.ablate import run
+
+    started = time.monotonic()
+    wrote(run(config).parent, started)
+    return 0
+
+
 COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
@@ -389,6 +397,22 @@ COMMANDS: dict[str, Command] = {
             examples=(("worldline bench play seconds=20", "a shorter look"),),
             run=_bench_play,
             config="worldline.bench.play:PlayBenchConfig",
+        ),
+        Command(
+            name="bench ablate",
+            summary="the same training with one thing changed at a time: HRI, and HRI per CPU minute",
+            about="""
+            Trains and evaluates variants of one training in turn, an hour or more in all, so `worldline bench` leaves
+            it out. Start it again after an interruption: what is finished is used again. Without options it compares
+            resolutions, sizes and predictors on datasets/pusht96.
+            """,
+            examples=(
+                ("worldline collect env=pusht image_size=96 episodes=200 steps=200 path=datasets/pusht96", "the data"),
+                ("worldline bench ablate", "the variants of conf/bench_ablate.yaml"),
+                ('worldline bench ablate name=mine \'variants=["base:","wide: model.hidden=768"]\'', "your own"),
+            ),
+            run=_bench_ablate,
+            config="worldline.bench.ablate:AblateConfig",
         ),
     )
 }

@@ -177,3 +177,13 @@ def test_a_workers_mistake_reaches_the_caller(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused(tmp_path: Path, change: dict[str, int]) -> None:
     with pytest.raises(WorldlineError, match=f"{next(iter(change))} must be at least"):
         config(tmp_path, **change)
+
+
+def test_pictures_may_have_another_size_than_the_simulators_own(tmp_path: Path) -> None:
+    config = CollectConfig(env="two_room", path=str(tmp_path / "large"), episodes=1, steps=3, workers=1, image_size=96)
+    dataset = open_dataset(collect(config))
+    assert dataset.spec.image_size == 96
+    assert dataset.read_episode(0).frames.shape == (3, 96, 96, 3)
+    assert collect(config) == dataset.path
+    with pytest.raises(WorldlineError):
+        collect(CollectConfig(env="two_room", path=str(tmp_path / "large"), episodes=1, steps=3, workers=1))

@@ -51,15 +51,20 @@ class CollectConfig:
     """Of everything drawn: episode i depends on (seed, i) only."""
     workers: int = 2
     """Processes."""
+    image_size: int | None = None
+    """Height and width of the pictures; None is the simulator's own, 64."""
 
     def __post_init__(self) -> None:
         for name, least in (("episodes", 1), ("steps", 2), ("seed", 0), ("workers", 1)):
             if getattr(self, name) < least:
                 raise WorldlineError(f"collect: {name} must be at least {least}, got {getattr(self, name)}")
+        if self.image_size is not None and not 16 <= self.image_size <= 512:
+            raise WorldlineError(f"collect: image_size must be 16 to 512 pixels, got {self.image_size}")
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the content of the dataset."""
-        return {key: value for key, value in asdict(self).items() if key not in ("path", "workers")}
+        decisive = {key: value for key, value in asdict(self).items() if key not in ("path", "workers")}
+        return {key: value for key, value in decisive.items() if value is not None}
 
 
 def collect(config: CollectConfig) -> Path:
@@ -74,7 +79,7 @@ def collect(config: CollectConfig) -> Path:
     staging = path.with_name(path.name + ".partial")
     if _complete(path, staging, config):
         return path
-    spec = make_simulator(config.env).spec
+    spec = make_simulator(config.env, config.image_size).spec
     with _locked(staging, path) as lock:
         if _complete(path, staging, config):  # by another run, while this one waited
             return path
@@ -145,7 +150,7 @@ class _Recorder:
 
     def __init__(self, config: CollectConfig, staging: Path) -> None:
         self._config, self._staging = config, staging
-        self._simulator = make_simulator(config.env)
+        self._simulator = make_simulator(config.env, config.image_size)
         self._rate = frame_rate(self._simulator.spec.step_seconds)
 
     def record(self, episode: int) -> None:
@@ -263,9 +268,9 @@ def _complete(path: Path, staging: Path, config: CollectConfig) -> bool:
 def _compare(path: Path, there: dict[str, Any], config: CollectConfig) -> None:
     wanted = config.identity()
     differences = [
-        f"{key}={there.get(key)} there, {key}={wanted[key]} asked for"
-        for key in wanted
-        if there.get(key) != wanted[key]
+        f"{key}={there.get(key)} there, {key}={wanted.get(key)} asked for"
+        for key in sorted(wanted.keys() | there.keys())
+        if there.get(key) != wanted.get(key)
     ]
     if differences:
         raise WorldlineError(

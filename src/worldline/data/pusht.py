@@ -5,6 +5,7 @@ Source of the task: Chi et al., arXiv 2303.04137; the simulator is the `gym-push
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class PushT:
         ),
     )
 
-    def __init__(self, image_size: int = IMAGE_SIZE) -> None:
+    def __init__(self, image_size: int | None = None) -> None:
         try:
             import cv2
             import gym_pusht.envs.pusht as package
@@ -53,7 +54,8 @@ class PushT:
         except ImportError as error:  # a shared library that OpenCV links is not there
             raise WorldlineError(f"the PushT simulator does not load ({error}); run: {SYSTEM_PACKAGES}") from None
         self._cv2 = cv2
-        self._size = image_size
+        self._size = image_size or IMAGE_SIZE
+        self.spec = replace(self.spec, image_size=self._size)
         self._env: Any = package.PushTEnv(obs_type="pixels", observation_width=512, observation_height=512)
         self._env.control_hz = round(1 / self.spec.step_seconds)
 

@@ -41,8 +41,8 @@ class Simulator(Protocol):
         ...
 
 
-def make_simulator(name: str) -> Simulator:
-    """Return the simulator called `name`, one of `NAMES`.
+def make_simulator(name: str, image_size: int | None = None) -> Simulator:
+    """Return the simulator called `name`, one of `NAMES`, its pictures `image_size` pixels square or its own size.
 
     Raises:
         WorldlineError: unknown name, or its package is not installed.
@@ -50,9 +50,9 @@ def make_simulator(name: str) -> Simulator:
     if name == "two_room":
         from worldline.data.two_room import TwoRoom
 
-        return TwoRoom()
+        return TwoRoom(image_size)
     if name == "pusht":
         from worldline.data.pusht import PushT
 
-        return PushT()
+        return PushT(image_size)
     raise WorldlineError(f"no simulator called {name!r}; there are {', '.join(NAMES)}")

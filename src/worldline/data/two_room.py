@@ -7,6 +7,7 @@ uses only operations that IEEE 754 rounds exactly, so that the same seed and act
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
@@ -49,8 +50,9 @@ class TwoRoom:
         factors=(Factor(name="agent", columns=(0, 1)),),
     )
 
-    def __init__(self, image_size: int = IMAGE_SIZE) -> None:
-        self._size = image_size
+    def __init__(self, image_size: int | None = None) -> None:
+        self._size = image_size = image_size or IMAGE_SIZE
+        self.spec = replace(self.spec, image_size=image_size)
         self._x = self._y = self._vx = self._vy = self._door = 0.5
         self._background: Float64[np.ndarray, "h w 3"] = np.zeros((image_size, image_size, 3))
 

@@ -34,7 +34,7 @@ def find_true_world(spec: WorldSpec, starts: Starts) -> tuple[TrueWorld | None, 
     if spec.name not in NAMES:
         return None, "This world comes from recorded episodes: nobody can simulate it."
     try:
-        simulator = make_simulator(spec.name)
+        simulator = make_simulator(spec.name, starts.frames.shape[-2])
     except WorldlineError as error:
         return None, f"{str(error)[:1].upper()}{str(error)[1:]}"
     world = TrueWorld(simulator, starts)

@@ -54,13 +54,17 @@ class Starts:
         return observation
 
 
-def make_starts(simulator_name: str, context: int, count: int = 8, seed: int = 0) -> Starts:
+def make_starts(
+    simulator_name: str, context: int, count: int = 8, seed: int = 0, image_size: int | None = None
+) -> Starts:
     """Play `count` starts with the simulator's own policy, on seeds of their own, that no training episode has.
+
+    Pictures are `image_size` pixels square, or of the simulator's own size.
 
     Raises:
         WorldlineError: unknown simulator, or its package is not installed.
     """
-    simulator = make_simulator(simulator_name)
+    simulator = make_simulator(simulator_name, image_size)
     longest = 40
     frames, actions, prefix = [], [], np.zeros((count, longest, simulator.spec.action_dim), np.float32)
     lengths = rng_for(seed, "start-lengths").integers(10, longest + 1, count)
