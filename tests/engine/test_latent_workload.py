@@ -16,7 +16,7 @@ from worldline.engine.replay import seek, verify
 from worldline.engine.runtime import Engine
 from worldline.engine.workload import Anchorable
 from worldline.engine.workloads.latent import LatentWorkload, Starts, load_starts, make_starts, save_starts
-from worldline.model.checkpoint import save_world
+from worldline.model.checkpoint import CARD, save_world
 from worldline.model.world import State, World, WorldConfig
 
 SPEC = make_simulator("two_room").spec
@@ -44,7 +44,7 @@ def starts() -> Starts:
 @pytest.fixture(scope="module")
 def checkpoint(starts: Starts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = save_world(tmp_path_factory.mktemp("worlds") / "small", make_world(), training={})
-    save_starts(path, starts)
+    assert save_starts(path, starts).stat().st_mode == (path / CARD).stat().st_mode
     return path
 
 

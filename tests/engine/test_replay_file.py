@@ -208,6 +208,27 @@ def test_another_machine_is_only_noted(recorded: Path, tmp_path: Path) -> None:
     assert verdict.differs == {"threads": ("2", "1")}
 
 
+def test_equal_weights_in_another_place_are_the_same_world(recorded: Path, tmp_path: Path) -> None:
+    path = tmp_path / "elsewhere.wlr"
+    path.write_bytes(
+        forge(
+            recorded.read_bytes(), 0, lambda p: p.replace(b'"threads": "1"', b'"threads": "2", "checkpoint": "runs/a"')
+        )
+    )
+    assert str(verify(path, SmallWorld())) == (
+        "32 frames, equal to the bit; though not with the same threads; the same weights, recorded as 'runs/a', opened "
+        "as ''"
+    )
+
+
+def test_a_recording_of_no_frames_is_not_equal(recorded: Path, tmp_path: Path) -> None:
+    data = recorded.read_bytes()
+    path = tmp_path / "empty.wlr"
+    path.write_bytes(data[: records_of(data)[0][2]])
+    with pytest.raises(WorldlineError, match="holds no frame"):
+        verify(path, SmallWorld())
+
+
 def test_another_world_is_one_clear_error(recorded: Path) -> None:
     with pytest.raises(WorldlineError, match="another kind of world"):
         verify(recorded, SmallWorld(width=16))
@@ -222,7 +243,7 @@ def test_foreign_files(tmp_path: Path, content: bytes) -> None:
 
 
 def test_missing_file_and_newer_version(recorded: Path, tmp_path: Path) -> None:
-    with pytest.raises(WorldlineError, match="cannot be read"):
+    with pytest.raises(WorldlineError, match=r"cannot be read .*; give the path of a \.wlr file"):
         Recording(tmp_path / "none.wlr")
     path = tmp_path / "newer.wlr"
     data = recorded.read_bytes()

@@ -258,7 +258,9 @@ class Recording:
         try:
             return open(self.path, "rb")
         except OSError as error:
-            raise WorldlineError(f"{self.path}: cannot be read ({error.strerror})") from None
+            raise WorldlineError(
+                f"{self.path}: cannot be read ({error.strerror}); give the path of a .wlr file"
+            ) from None
 
     def _decode(self, file: IO[bytes], size: int) -> Iterator[Record]:
         magic = file.read(len(MAGIC) + 1)

@@ -11,7 +11,7 @@ import numpy as np
 from worldline.core.errors import WorldlineError
 from worldline.engine.recording import PICTURES, Kind, Record, Recording
 from worldline.engine.runtime import Engine, Frame
-from worldline.engine.workload import IDENTITY, Workload
+from worldline.engine.workload import IDENTITY, PLACE, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,11 @@ class Verdict:
     def __str__(self) -> str:
         tail = "" if self.complete else f" (incomplete, {self.recorded} frames)"
         if self.ok:
-            note = f"; though not with the same {', '.join(self.differs)}" if self.differs else ""
+            others = [key for key in self.differs if key != PLACE]
+            note = f"; though not with the same {', '.join(others)}" if others else ""
+            if PLACE in self.differs:
+                there, here = self.differs[PLACE]
+                note += f"; the same weights, recorded as {there!r}, opened as {here!r}"
             return f"{self.frames} frames, equal to the bit{tail}{note}"
         return f"differs at frame {self.first_bad_frame}{tail}: {self.reason}"
 
@@ -45,9 +49,12 @@ def verify(path: str | Path, workload: Workload, progress: Callable[[int, int], 
         progress: called as (frames done, frames in the file).
 
     Raises:
-        WorldlineError: the file is foreign or damaged, or this workload has other buffers than the one recorded.
+        WorldlineError: the file is foreign, damaged or holds no frame, or this workload has other buffers than the one
+            recorded.
     """
     recording = Recording(path)
+    if not recording.frames:
+        raise WorldlineError(f"{path}: holds no frame, so there is nothing to verify; record another session")
     engine = _engine_for(recording, workload)
     here, there = engine.fingerprint, recording.header.fingerprint
     differs = {
@@ -57,7 +64,9 @@ def verify(path: str | Path, workload: Workload, progress: Callable[[int, int], 
 
     def bad(frame: int, reason: str) -> Verdict:
         because = "".join(
-            f"; other {key}: {there[:16]} in the file, {here[:16]} here" for key, (there, here) in differs.items()
+            f"; other {key}: {there[:16]} in the file, {here[:16]} here"
+            for key, (there, here) in differs.items()
+            if key != PLACE or "weights" in differs
         )
         return Verdict(
             ok=False,

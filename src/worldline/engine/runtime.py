@@ -23,6 +23,7 @@ from worldline.engine.recording import HASH_BYTES, PROMPT_BYTES, Header, Kind, L
 from worldline.engine.workload import Anchorable, Workload
 
 _EVENT = struct.Struct("<BQI")  # kind, frame id, bytes of the cause
+_LARGEST = np.finfo(np.float32).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,13 +239,13 @@ class Engine:
         """Put an action into the workload's buffer and return its bytes."""
         self._require_ready()
         buffer = self.workload.action
-        values = np.asarray(action, dtype=np.float32)
+        values = np.asarray(action)
         if values.shape != buffer.shape:
             raise WorldlineError(f"an action of this world has shape {buffer.shape}, got {values.shape}")
-        if not np.isfinite(values).all():
-            raise WorldlineError(f"an action must be finite, got {values.tolist()}")
+        if not (np.abs(values) <= _LARGEST).all():  # NaN is not either
+            raise WorldlineError(f"an action must be finite in float32, got {values.tolist()}")
         buffer[:] = values
-        return values.tobytes()
+        return buffer.tobytes()
 
     def _require_ready(self) -> None:
         if not self._ready:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 IDENTITY = ("workload", "weights", "config")
 """Fingerprint fields that say which world it is; the others describe the machine it runs on."""
+PLACE = "checkpoint"
+"""The fingerprint field that says where the weights lay, for who opens a recording; equal weights may lie anywhere."""
 
 
 class Stage(NamedTuple):

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from worldline.core.errors import WorldlineError
-from worldline.core.files import atomic_path
+from worldline.core.files import write_bytes
 from worldline.core.seeding import rng_for, seed_for
 from worldline.core.types import WorldSpec
 from worldline.data.simulators import Observation, Simulator, make_simulator
@@ -95,8 +95,7 @@ def save_starts(directory: str | Path, starts: Starts) -> Path:
     """Write `starts.safetensors` into a checkpoint's directory."""
     path = Path(directory) / STARTS
     tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(starts).items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary)
+    write_bytes(path, save(tensors))
     return path
 
 
