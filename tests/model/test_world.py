@@ -144,6 +144,22 @@ def test_wrong_pictures_are_refused(world: World) -> None:
         world.begin(z[:, :4], actions[:, :4])
 
 
+def test_wrong_widths_are_refused(world: World) -> None:
+    """A single value an action would be broadcast, a latent of half the width reshaped."""
+    z, actions = some(world)
+    state = world.begin(z[:, :4], actions[:, :3])
+    with pytest.raises(WorldlineError, match=r"has 2 values \(.*\), got actions of shape \(3, 1\)"):
+        world.rollout(state, actions[:, :5, :1])
+    with pytest.raises(WorldlineError, match=r"got actions of shape \(3, 3\)"):
+        world.step(state, torch.zeros(3, 3))
+    with pytest.raises(WorldlineError, match=r"got actions of shape \(3, 12, 1\)"):
+        world.teacher_forced(z, actions[..., :1])
+    with pytest.raises(WorldlineError, match=r"has 24 values, got latents of shape \(2, 12\)"):
+        world.decode(torch.zeros(2, 12))
+    with pytest.raises(WorldlineError, match=r"got latents of shape \(3, 4, 23\)"):
+        world.begin(z[:, :4, :23], actions[:, :3])
+
+
 @pytest.mark.parametrize(
     "wrong", [{"image_size": 50}, {"encoder": "mlp"}, {"context": 0}, {"vit_width": 100}, {"window": 1}]
 )

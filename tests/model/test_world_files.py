@@ -125,6 +125,21 @@ DAMAGE = {
         "its tensors are not those of its config",
     ),
     "an impossible option": (lambda p: _edit_card(p, config=TINY.to_json() | {"image_size": 5}), "multiple of 16"),
+    "no hash": (lambda p: _edit_card(p, weights={"bytes": 5}), "lacks weights.sha256"),
+    "weights are a list": (lambda p: _edit_card(p, weights=[]), "lacks weights.sha256"),
+    "an option of another type": (
+        lambda p: _edit_card(p, config=TINY.to_json() | {"context": "4"}),
+        "context should be like 4, got '4'",
+    ),
+    "a negative size": (
+        lambda p: _edit_card(p, config=TINY.to_json() | {"latent_dim": -3}),
+        "not a world that this version can read",
+    ),
+    "config is a list": (lambda p: _edit_card(p, config=[1]), "not a world that this version can read"),
+    "a range of text": (
+        lambda p: _edit_card(p, spec=SPEC.to_json() | {"action_low": ["a", "b"]}),
+        "not a world that this version can read",
+    ),
     "no spec": (lambda p: _edit_card(p, spec={}), "not a world that this version can read"),
 }
 
@@ -136,5 +151,6 @@ def test_damaged_files_are_refused(saved: Path, tmp_path: Path, name: str) -> No
     shutil.copytree(saved, copied)
     load_world(copied)
     damage(copied)
-    with pytest.raises(WorldlineError, match=message):
+    with pytest.raises(WorldlineError, match=message) as refused:
         load_world(copied)
+    assert "\n" not in str(refused.value)

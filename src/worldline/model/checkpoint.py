@@ -103,12 +103,13 @@ def load_world(path_or_name: str | Path) -> World:
             f"{card['weights']['bytes']} bytes, got {found[:12]}... and {weights.stat().st_size}; copy it again"
         )
     try:
-        config = WorldConfig(**card["config"])
+        config = WorldConfig(**_typed(card["config"]))
         spec = WorldSpec.from_json(card["spec"])
         tensors = load_file(weights)
-    except (SafetensorError, TypeError, KeyError, AttributeError) as error:
-        raise WorldlineError(f"{directory}: not a world that this version can read ({error})") from None
-    world = World(config, spec)
+        world = World(config, spec)
+    except (SafetensorError, TypeError, KeyError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
+        reason = str(error).partition("\n")[0]
+        raise WorldlineError(f"{directory}: not a world that this version can read ({reason})") from None
     _fill(world, tensors, weights)
     return world.eval().requires_grad_(False)
 
@@ -129,6 +130,9 @@ def read_card(path_or_name: str | Path) -> dict[str, Any]:
         )
     if missing := {"config", "spec", "weights", "training", "result"} - card.keys():
         raise WorldlineError(f"{path}: the card lacks {', '.join(sorted(missing))}; copy the checkpoint again")
+    weights = card["weights"]
+    if not isinstance(weights, dict) or not {"sha256", "bytes"} <= weights.keys():
+        raise WorldlineError(f"{path}: the card lacks weights.sha256 or weights.bytes; copy the checkpoint again")
     return card
 
 
@@ -162,6 +166,14 @@ def weights_sha256(world: World) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _typed(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a config's options. Raises TypeError where one has another type than its default."""
+    for name, default in WorldConfig().to_json().items():
+        if name in options and type(options[name]) is not type(default):
+            raise TypeError(f"{name} should be like {default!r}, got {options[name]!r}")
+    return options
 
 
 def _exact(name: str) -> bool:

@@ -134,6 +134,7 @@ class World(nn.Module):
 
     def begin(self, z: Float[Tensor, "b c d"], actions: Float[Tensor, "b cm1 a"]) -> State:
         """Return the state after `c` real latents and the c - 1 actions between them; any c from 1 works."""
+        self._require_latents(z)
         if z.shape[1] != actions.shape[1] + 1:
             raise WorldlineError(
                 f"begin wants one action fewer than latents, got {actions.shape[1]} actions and {z.shape[1]} latents"
@@ -168,7 +169,12 @@ class World(nn.Module):
         return self.decode_float(z).mul(255.0).round_().to(torch.uint8)
 
     def decode_float(self, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h w 3"]:
-        """Draw latents as pictures in [0, 1], differentiably."""
+        """Draw latents as pictures in [0, 1], differentiably.
+
+        Raises:
+            WorldlineError: the latents have another width.
+        """
+        self._require_latents(z)
         pictures: Tensor = self.decoder(z.reshape(-1, self.config.latent_dim)).permute(0, 2, 3, 1)
         return pictures.reshape(*z.shape[:-1], *pictures.shape[1:])
 
@@ -178,8 +184,24 @@ class World(nn.Module):
         self.action_std.copy_(torch.where(std > 1e-6, std, 1.0))
 
     def normalise_actions(self, actions: Float[Tensor, "*b a"]) -> Float[Tensor, "*b a"]:
-        """Return actions as the predictor sees them: centred and scaled by the training data's statistics."""
+        """Return actions as the predictor sees them: centred and scaled by the training data's statistics.
+
+        Raises:
+            WorldlineError: an action has another number of values.
+        """
+        if actions.shape[-1:] != self.action_mean.shape:  # a single value would be broadcast silently
+            raise WorldlineError(
+                f"an action of this world has {self.spec.action_dim} values ({', '.join(self.spec.action_names)}), "
+                f"got actions of shape {tuple(actions.shape)}"
+            )
         return (actions - self.action_mean) / self.action_std
+
+    def _require_latents(self, z: Tensor) -> None:
+        if z.shape[-1:] != (self.config.latent_dim,):
+            raise WorldlineError(
+                f"a latent of this world has {self.config.latent_dim} values, got latents of shape {tuple(z.shape)}; "
+                "encode pictures with the same world"
+            )
 
 
 def _make_encoder(config: WorldConfig) -> nn.Module:
