@@ -20,7 +20,7 @@ from worldline.evaluate.drift import Measurement, bounded, measure, swap_across_
 from worldline.evaluate.figures import headline, to_figures
 from worldline.evaluate.pictures import Scene
 from worldline.evaluate.probe import fit_probe
-from worldline.evaluate.reliability import DRAWS, HORIZONS, Interval, paired_difference, rank_correlation
+from worldline.evaluate.reliability import DRAWS, HORIZONS, VISIBLE_R2, Interval, paired_difference, rank_correlation
 from worldline.evaluate.report import write_report
 from worldline.evaluate.windows import (
     Windows,
@@ -84,14 +84,16 @@ def evaluate(config: EvaluateConfig) -> Path:
     """Evaluate a checkpoint and return the directory with `result.json`, `report.html` and `filmstrip.png`.
 
     Raises:
-        WorldlineError: checkpoint and dataset do not fit, too few held-out windows, or no reference pack.
+        WorldlineError: checkpoint and dataset do not fit, too few held-out windows, no reference pack, or one in which
+            no factor can be seen.
     """
     started = time.monotonic()
     world, dataset = load_world(config.checkpoint), open_dataset(config.data)
-    references = load_references(dataset.path, dataset.fingerprint, dataset.spec)
     others = {name: load_world(path) for name, path in (("twin", config.twin), ("compare", config.compare)) if path}
     for each in (world, *others.values()):
         _require_fit(each, dataset)
+    references = load_references(dataset.path, dataset.fingerprint, dataset.spec)
+    _require_visible(references, dataset)
     context = max(2, *(each.config.context for each in (world, *others.values())))
     windows = choose_windows(dataset, context=context, horizon=config.horizon, count=config.windows)
     donor = swap_across_episodes(windows.episodes, config.seed)
@@ -152,6 +154,11 @@ def evaluate(config: EvaluateConfig) -> Path:
 
 
 def _require_fit(world: World, dataset: Dataset) -> None:
+    if world.spec.name != dataset.spec.name:
+        raise WorldlineError(
+            f"this is a world of {world.spec.name}, {dataset.path} holds episodes of {dataset.spec.name}; evaluate it "
+            "on data of its own world"
+        )
     if world.spec.action_dim != dataset.spec.action_dim:
         raise WorldlineError(
             f"the world takes {world.spec.action_dim} actions, {dataset.path} records {dataset.spec.action_dim}; "
@@ -161,6 +168,15 @@ def _require_fit(world: World, dataset: Dataset) -> None:
         raise WorldlineError(
             f"one step of the world lasts {world.spec.step_seconds} s, one of {dataset.path} "
             f"{dataset.spec.step_seconds} s; evaluate it on data of the same pace"
+        )
+
+
+def _require_visible(references: References, dataset: Dataset) -> None:
+    if not any(r2 >= VISIBLE_R2 for r2 in references.r2.values()):
+        seen = ", ".join(f"{name} {r2:.2f}" for name, r2 in references.r2.items())
+        raise WorldlineError(
+            f"{dataset.path}: no factor can be scored: the reference pack's encoder should see at least one with an "
+            f"R^2 of {VISIBLE_R2}, got {seen}; collect more episodes, or make the pack with more encoder_updates"
         )
 
 
