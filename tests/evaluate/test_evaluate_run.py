@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +47,11 @@ def world_at(path: Path, dataset: Dataset, seed: int) -> str:
     world.eval()
     world.gauge.fit(world, world.encode(frames))
     return str(save_world(path, world, training={}))
+
+
+def umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 def without_context(path: Path) -> str:
@@ -105,6 +113,7 @@ def test_the_reference_pack_is_kept_and_guarded(dataset: Dataset, tmp_path: Path
     later = pack.actions_only(torch.cat([torch.zeros(3, 3, 2), torch.ones(3, 2, 2)], dim=1))
     assert torch.equal(forecast[:, :4], later[:, :4]), "the forecast at h has seen the actions before h only"
     assert not torch.equal(forecast[:, 4:], later[:, 4:])
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask()}
     with pytest.raises(WorldlineError, match="belongs to other data"):
         load_references(dataset.path, "another", dataset.spec)
     with pytest.raises(WorldlineError, match="worldline references"):
@@ -115,6 +124,46 @@ def test_the_reference_pack_is_kept_and_guarded(dataset: Dataset, tmp_path: Path
     with pytest.raises(WorldlineError, match="changed since"):
         load_references(dataset.path, dataset.fingerprint, dataset.spec)
     weights.write_bytes(whole)
+
+
+def test_a_killed_process_leaves_nothing_that_stays(dataset: Dataset) -> None:
+    left_over = dataset.path / ".references.12345.tmp"
+    left_over.mkdir()
+    (left_over / ACTIONS_ONLY).write_bytes(b"half")
+    shutil.move(dataset.path / "references", kept := dataset.path / "kept")
+    try:
+        make_references(dataset, replace(QUICK, encoder_updates=20))
+        assert not left_over.exists()
+    finally:
+        shutil.rmtree(dataset.path / "references", ignore_errors=True)
+        shutil.move(kept, dataset.path / "references")
+
+
+@pytest.mark.parametrize("wrong", [{"actions_updates": 10}, {"encoder_updates": 0}, {"horizon": 0}, {"image_size": 50}])
+def test_impossible_reference_packs_are_refused(wrong: dict) -> None:
+    with pytest.raises(WorldlineError, match=f"references: {next(iter(wrong))} must be"):
+        ReferencesConfig(**wrong)
+
+
+def test_a_pack_that_sees_nothing_ends_before_anything_is_written(dataset: Dataset, tmp_path: Path) -> None:
+    card = dataset.path / "references" / CARD
+    before = card.read_bytes()
+    pack = json.loads(before)
+    for factor in pack["factors"].values():
+        factor["r2"] = 0.3
+    card.write_text(json.dumps(pack))
+    try:
+        config = EvaluateConfig(
+            checkpoint=world_at(tmp_path / "w", dataset, 0),
+            data=str(dataset.path),
+            out=str(tmp_path / "out"),
+            horizon=20,
+        )
+        with pytest.raises(WorldlineError, match=r"no factor can be scored.* got agent 0\.30"):
+            evaluate(config)
+        assert not (tmp_path / "out").exists()
+    finally:
+        card.write_bytes(before)
 
 
 def test_windows_are_held_out_and_spread(dataset: Dataset) -> None:
@@ -129,11 +178,17 @@ def test_windows_are_held_out_and_spread(dataset: Dataset) -> None:
         choose_windows(dataset, context=3, horizon=20, count=50)
 
 
-def test_a_world_of_other_actions_is_refused(dataset: Dataset, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    spec = replace(dataset.spec, action_names=("push",), action_low=(0.0,), action_high=(1.0,))
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"action_names": ("push",), "action_low": (0.0,), "action_high": (1.0,)}, "takes 1 actions"),
+        ({"name": "elsewhere"}, "this is a world of elsewhere"),
+        ({"step_seconds": 0.5}, "one step of the world lasts 0.5 s"),
+    ],
+)
+def test_another_world_is_refused(dataset: Dataset, tmp_path: Path, other: dict, told: str) -> None:
+    spec = replace(dataset.spec, **other)
     config = WorldConfig(latent_dim=8, conv_width=4, conv_head=2, hidden=8, decoder_width=2)
     path = save_world(tmp_path / "w", World(config, spec), training={})
-    with pytest.raises(WorldlineError, match="takes 1 actions"):
+    with pytest.raises(WorldlineError, match=told):
         evaluate(EvaluateConfig(checkpoint=str(path), data=str(dataset.path), horizon=20))

@@ -20,7 +20,7 @@ from worldline.core.errors import WorldlineError
 from worldline.data.cache import FrameCache
 from worldline.data.lerobot import open_dataset
 from worldline.model import load_world, read_card
-from worldline.train.checkpoint import append_line, truncate_lines
+from worldline.train.checkpoint import append_line, open_run, truncate_lines
 from worldline.train.config import StageConfig, TrainConfig, rollout_length
 from worldline.train.loop import train
 from worldline.train.windows import FrozenWindows, JointWindows
@@ -176,6 +176,34 @@ def test_two_processes_cannot_train_one_run(tiny_data: Path, tmp_path: Path) -> 
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(WorldlineError, match="another process"):
             train(tiny_config(tiny_data, tmp_path))
+
+
+def test_runs_from_before_an_option_go_on(finished_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    config = tiny_config(tiny_data, run)
+    record = json.loads((finished_run / "run.json").read_text())
+    del record["config"]["encoder"], record["config"]["joint"]["motion"], record["config"]["model"]["latent_norm"]
+    (run / "run.json").write_text(json.dumps(record))
+    with open_run(config, record["data"]) as finished:
+        assert not finished
+    joint = dataclasses.replace(config.joint, motion=1.0)
+    with (
+        pytest.raises(WorldlineError, match=r"an unfinished run with other options \(joint.motion\)"),
+        open_run(dataclasses.replace(config, joint=joint), record["data"]),
+    ):
+        pass
+
+
+def test_damaged_data_leave_a_run_that_mended_data_can_have(tiny_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data", ignore=shutil.ignore_patterns(".cache")))
+    (video,) = data.rglob("*.mp4")
+    whole = video.read_bytes()
+    video.write_bytes(whole[: len(whole) // 2])
+    run = tmp_path / "run"
+    with pytest.raises(WorldlineError):
+        train(tiny_config(data, run))
+    assert [p.name for p in run.iterdir()] == [".lock"]
 
 
 def test_a_damaged_checkpoint_is_named(tiny_data: Path, tmp_path: Path) -> None:

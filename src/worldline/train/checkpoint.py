@@ -1,6 +1,6 @@
 """A run's directory: its configuration, metrics, and checkpoints that are whole or absent.
 
-RUN/run.json            what was asked for, and of which data; written first
+RUN/run.json            what was asked for, and of which data; written once the data could be read
 RUN/metrics.jsonl       the same lines however often the run was interrupted
 RUN/timing.jsonl        what differs each time: speed, and the share of time that the loader cost
 RUN/checkpoints/STEP/   a world, with the optimiser's state beside it
@@ -29,7 +29,7 @@ from worldline.core.files import atomic_path, fsync_directory, read_json, sha256
 from worldline.core.result import provenance
 from worldline.model.checkpoint import write_world
 from worldline.model.world import World
-from worldline.train.config import TrainConfig, differing_options
+from worldline.train.config import TrainConfig, differing_options, with_defaults
 
 RUN, METRICS, TIMING, RESULT = "run.json", "metrics.jsonl", "timing.jsonl", "result.json"
 TRAINING, TENSORS = "training.json", "training.safetensors"
@@ -52,6 +52,8 @@ class Saved:
 def open_run(config: TrainConfig, fingerprint: str) -> Iterator[bool]:
     """Take hold of a run directory, new or unfinished; yield True if it is finished already and must be left alone.
 
+    A new one stays empty until `record_run`, so that whatever is refused before leaves nothing behind.
+
     Raises:
         WorldlineError: the directory belongs to something else, to a run with other options or data, or another
             process is training it.
@@ -67,10 +69,14 @@ def open_run(config: TrainConfig, fingerprint: str) -> Iterator[bool]:
             raise WorldlineError(f"{path}: another process is training this run; wait for it, or stop it") from None
         if (path / RUN).exists():
             _check_same(path, config, fingerprint)
-        else:
-            record = {"format": _FORMAT, "config": config.to_json(), "data": fingerprint, "provenance": provenance()}
-            write_json(path / RUN, record)
         yield (path / RESULT).exists()
+
+
+def record_run(config: TrainConfig, fingerprint: str) -> None:
+    """Write what the run is, unless it goes on with one."""
+    if not (config.path / RUN).exists():
+        record = {"format": _FORMAT, "config": config.to_json(), "data": fingerprint, "provenance": provenance()}
+        write_json(config.path / RUN, record)
 
 
 def save_checkpoint(run: Path, world: World, saved: Saved, training: dict[str, Any]) -> Path:
@@ -156,18 +162,18 @@ def _check_same(path: Path, config: TrainConfig, fingerprint: str) -> None:
     record = read_json(path / RUN)
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise WorldlineError(f"{path / RUN} is not a run of worldline; choose another place with path=...")
-    before, now = dict(record["config"]), config.to_json()
+    before, now = with_defaults(record["config"]), config.to_json()
     for name in _FREE:
         before.pop(name, None)
         now.pop(name, None)
-    state = "finished" if (path / RESULT).exists() else "unfinished"
+    state = "a finished" if (path / RESULT).exists() else "an unfinished"
     if different := differing_options(before, now):
         raise WorldlineError(
-            f"{path} holds a {state} run with other options ({', '.join(different[:4])}); "
+            f"{path} holds {state} run with other options ({', '.join(different[:4])}); "
             "give the same ones to go on with it, or another path="
         )
     if record["data"] != fingerprint:
-        raise WorldlineError(f"{path} holds a {state} run on other data; give another path=")
+        raise WorldlineError(f"{path} holds {state} run on other data; give another path=")
 
 
 def _settle(run: Path, last_step: int, best_step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,10 @@ from worldline.model.world import WorldConfig
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One stage of training. A weight of 0 switches a term off, and its cost with it."""
+    """One stage of training. A weight of 0 switches a term off, and its cost with it.
+
+    The default of an option is what stages did before there was one: runs of that time go on with it.
+    """
 
     steps: int
     """Updates; 0 skips the stage."""
@@ -190,6 +193,17 @@ class TrainConfig:
             "encoder": self.encoder and str(self.encoder),
         }
         return dict(json.loads(json.dumps(data)))
+
+
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored config with the options that came later, each at its field's own default."""
+    parts = {"model": WorldConfig, "joint": StageConfig, "frozen": StageConfig}
+    filled = _defaults(TrainConfig) | config
+    return filled | {name: _defaults(kind) | filled.get(name, {}) for name, kind in parts.items()}
+
+
+def _defaults(kind: type[TrainConfig | StageConfig | WorldConfig]) -> dict[str, Any]:
+    return {f.name: f.default for f in fields(kind) if f.default is not MISSING}
 
 
 def differing_options(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

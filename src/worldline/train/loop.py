@@ -37,6 +37,7 @@ from worldline.train.checkpoint import (
     flush_to_disk,
     load_checkpoint,
     open_run,
+    record_run,
     save_checkpoint,
     truncate_lines,
 )
@@ -66,7 +67,9 @@ def train(config: TrainConfig) -> Path:
         if finished:
             print(f"{config.path}: this run is finished already")
         else:
-            _Training(config, dataset).run()
+            training = _Training(config, dataset)  # decodes the frames: a damaged video ends here
+            record_run(config, dataset.fingerprint)
+            training.run()
     return config.path
 
 

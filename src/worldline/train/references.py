@@ -5,6 +5,7 @@ Made once for a dataset, stored beside it and tied to its fingerprint; `model/re
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Callable
@@ -14,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from worldline.core.errors import WorldlineError
-from worldline.core.files import fsync_directory, read_json, sha256_file, write_json
+from worldline.core.files import fsync_directory, read_json, sha256_file, write_bytes, write_json
 from worldline.core.progress import Task, progress
 from worldline.core.seeding import rng_for, seed_for
 from worldline.data.cache import FrameCache
@@ -30,6 +31,8 @@ from worldline.model.references import ACTIONS_ONLY, CANONICAL, CARD, DIRECTORY,
 _LATENT = 128
 _CHECKS = 30
 """How often a training looks at the validation episodes."""
+_LEAST_UPDATES = 20
+"""A tenth of them is the learning rate's rise, which needs two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,25 @@ class ReferencesConfig:
     good_enough: float = 0.005
     """Share of the factors' variance, left unexplained on validation episodes, at which a training ends."""
 
+    def __post_init__(self) -> None:
+        low = {
+            "max_frames": 1,
+            "encoder_updates": _LEAST_UPDATES,
+            "encoder_batch": 1,
+            "actions_updates": _LEAST_UPDATES,
+            "actions_batch": 1,
+            "actions_hidden": 1,
+            "horizon": 1,
+        }
+        for name, least in low.items():
+            if getattr(self, name) < least:
+                raise WorldlineError(f"references: {name} must be at least {least}, got {getattr(self, name)}")
+        if self.image_size is not None and (self.image_size < 16 or self.image_size % 16):
+            raise WorldlineError(
+                f"references: image_size must be a positive multiple of 16, or null for the dataset's own, got "
+                f"{self.image_size}"
+            )
+
 
 class CanonicalEncoder(nn.Module):
     """The convolutional encoder of the `tiny` world with a linear map to the factors, trained on them directly."""
@@ -78,7 +100,7 @@ def make_references(dataset: Dataset, config: ReferencesConfig | None = None) ->
 
     Trains the canonical encoder (frames to factors) and the actions-only forecaster on training episodes, stops both
     early on validation episodes, and measures R^2 and RMSE on test episodes. Repeatable to the bit on one machine with
-    the same number of threads.
+    the same number of threads. One process makes a pack, others wait for it.
 
     Raises:
         WorldlineError: the dataset has no factors, or a split is empty.
@@ -87,6 +109,18 @@ def make_references(dataset: Dataset, config: ReferencesConfig | None = None) ->
     folder = dataset.path / DIRECTORY
     if _is_current(folder, dataset, config):
         return folder
+    cache = folder.parent / ".cache"
+    if not os.access(cache if cache.exists() else folder.parent, os.W_OK):
+        raise WorldlineError(f"{folder}: not writable; the reference pack is kept there, copy the dataset")
+    cache.mkdir(exist_ok=True)
+    with open(cache / "references.lock", "w") as lock:  # the system lets go of it however the process ends
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_current(folder, dataset, config):
+            _make(folder, dataset, config)
+    return folder
+
+
+def _make(folder: Path, dataset: Dataset, config: ReferencesConfig) -> None:
     splits = {name: dataset.split(name) for name in ("train", "validation", "test")}
     if not all(splits.values()):
         raise WorldlineError(
@@ -95,9 +129,10 @@ def make_references(dataset: Dataset, config: ReferencesConfig | None = None) ->
         )
     train_state = np.concatenate([_state(dataset, episode) for episode in splits["train"]])
     head = FactorHead.fit(dataset.spec.factors, train_state)
+    for left_over in folder.parent.glob(f".{DIRECTORY}.*.tmp"):  # by a process that was killed
+        shutil.rmtree(left_over)
     temporary = folder.with_name(f".{DIRECTORY}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     try:
         # outside the bar below: decoding has its own
         cache = FrameCache(dataset, config.image_size)
@@ -105,8 +140,8 @@ def make_references(dataset: Dataset, config: ReferencesConfig | None = None) ->
             encoder = _train_encoder(dataset, cache, head, splits, config, task)
             forecaster = _train_actions_only(dataset, head, splits, config, task)
         quality = _quality(dataset, cache, head, encoder, splits["test"])
-        save_file(encoder.state_dict(), temporary / CANONICAL)
-        save_file(forecaster.state_dict(), temporary / ACTIONS_ONLY)
+        write_bytes(temporary / CANONICAL, save(encoder.state_dict()))
+        write_bytes(temporary / ACTIONS_ONLY, save(forecaster.state_dict()))
         card = {
             "format": FORMAT,
             "fingerprint": dataset.fingerprint,
@@ -122,7 +157,6 @@ def make_references(dataset: Dataset, config: ReferencesConfig | None = None) ->
         fsync_directory(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 def _is_current(folder: Path, dataset: Dataset, config: ReferencesConfig) -> bool:
