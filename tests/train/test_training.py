@@ -169,6 +169,13 @@ def test_a_directory_of_something_else_is_refused(tiny_data: Path, tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_process_killed_before_its_run_was_recorded_is_no_obstacle(tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".run.json.123.tmp").write_text('{"format":')
+    with open_run(tiny_config(tiny_data, tmp_path), "fingerprint") as finished:
+        assert not finished
+
+
 def test_two_processes_cannot_train_one_run(tiny_data: Path, tmp_path: Path) -> None:
     import fcntl
 

@@ -189,7 +189,7 @@ class World(nn.Module):
         Raises:
             WorldlineError: an action has another number of values.
         """
-        if actions.shape[-1:] != self.action_mean.shape:  # a single value would be broadcast silently
+        if actions.shape[-1:] != (self.spec.action_dim,):  # a single value would be broadcast silently
             raise WorldlineError(
                 f"an action of this world has {self.spec.action_dim} values ({', '.join(self.spec.action_names)}), "
                 f"got actions of shape {tuple(actions.shape)}"

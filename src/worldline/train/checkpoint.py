@@ -59,7 +59,8 @@ def open_run(config: TrainConfig, fingerprint: str) -> Iterator[bool]:
             process is training it.
     """
     path = config.path
-    if path.exists() and not (path / RUN).exists() and any(p.name != ".lock" for p in path.iterdir()):
+    ours = (".lock", f".{RUN}.")  # all that a process killed before it wrote `run.json` can have left
+    if path.exists() and not (path / RUN).exists() and any(not p.name.startswith(ours) for p in path.iterdir()):
         raise WorldlineError(f"{path} holds other files; choose an empty place with path=...")
     path.mkdir(parents=True, exist_ok=True)
     with open(path / ".lock", "w") as lock:  # the system lets go of it however the process ends
