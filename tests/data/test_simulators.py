@@ -133,3 +133,16 @@ def test_two_room_policy_visits_both_rooms_and_both_sides_of_the_speed() -> None
     assert crossings >= 30
     low, high = np.percentile(np.concatenate(speeds), [10, 90])
     assert low < 0.4 < 0.8 < high
+
+
+def test_pusht_shows_what_its_environment_shows() -> None:
+    cv2, package = pytest.importorskip("cv2"), pytest.importorskip("gym_pusht.envs.pusht")
+    world = make_simulator("pusht")
+    env = package.PushTEnv(obs_type="pixels", observation_width=512, observation_height=512)
+    env.control_hz = 25
+    observation, (pixels, _) = world.reset(5), env.reset(seed=5)
+    policy = world.policy(5)
+    for _ in range(40):
+        assert np.array_equal(observation.frame, cv2.resize(pixels, (64, 64), interpolation=cv2.INTER_AREA))
+        action = policy(observation)
+        observation, pixels = world.step(action), env.step(action.astype(np.float64))[0]

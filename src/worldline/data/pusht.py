@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32
 
 from worldline.core.errors import WorldlineError
 from worldline.core.seeding import rng_for
@@ -56,22 +56,26 @@ class PushT:
         self._cv2 = cv2
         self._size = image_size or IMAGE_SIZE
         self.spec = replace(self.spec, image_size=self._size)
-        self._env: Any = package.PushTEnv(obs_type="pixels", observation_width=512, observation_height=512)
+        self._env: Any = package.PushTEnv(obs_type="state")
         self._env.control_hz = round(1 / self.spec.step_seconds)
 
     def reset(self, seed: int) -> Observation:
-        pixels, _ = self._env.reset(seed=seed % 2**32)
-        return self._observe(pixels)
+        self._env.reset(seed=seed % 2**32)
+        return self._observe()
 
     def step(self, action: Float32[np.ndarray, " a"]) -> Observation:
         target = np.clip(np.asarray(action, dtype=np.float64), 0.0, TABLE)
-        return self._observe(self._env.step(target)[0])
+        self._env.step(target)
+        return self._observe()
 
     def policy(self, seed: int) -> Policy:
         return _Pusher(self._env, seed)
 
-    def _observe(self, pixels: UInt8[np.ndarray, "512 512 3"]) -> Observation:
+    def _observe(self) -> Observation:
+        screen = self._env._draw()  # the env's own pictures hold the same pixels, but copy them colour by colour
+        pixels = np.frombuffer(screen.get_buffer(), dtype=np.uint8).reshape(*screen.get_size(), 4)
         frame = self._cv2.resize(pixels, (self._size, self._size), interpolation=self._cv2.INTER_AREA)
+        frame = np.ascontiguousarray(frame[..., [shift // 8 for shift in screen.get_shifts()[:3]]])
         agent, block = self._env.agent, self._env.block
         state = [*agent.position, *block.position, np.sin(block.angle), np.cos(block.angle), *agent.velocity]
         return Observation(frame, np.array(state, dtype=np.float32))
