@@ -51,11 +51,13 @@ def test_edges_are_whitened_and_pixels_half_so() -> None:
     frames = pictures(400, seed=1)
     described = PictureFeatures(frames)
     features = described(torch.from_numpy(frames)).double()
-    edges, pixels = described.sizes
-    assert edges + pixels == features.shape[1]
+    edges, coarse, pixels = described.sizes
+    assert edges + coarse + pixels == features.shape[1]
     covariance = torch.cov(features[:, :edges].T)
     assert (covariance - torch.eye(edges)).abs().max() < 0.02
-    variance = features[:, edges:].var(dim=0)
+    large = torch.cov(features[:, edges : edges + coarse].T)
+    assert (large - 2 * torch.eye(coarse)).abs().max() < 0.04
+    variance = features[:, edges + coarse :].var(dim=0)
     assert float(variance.mean()) == pytest.approx(0.2, rel=0.01)
     assert 1 < float(variance.max() / variance[variance > 0].median()) < 60  # of pixels alone it is their square
     assert torch.equal(PictureFeatures(frames)(torch.from_numpy(frames)).double(), features)
@@ -79,6 +81,6 @@ def test_a_pictures_angle_is_told_from_edges_and_hardly_from_as_many_pixels() ->
         weights = np.linalg.lstsq(x, y - y.mean(axis=0), rcond=None)[0]
         return 1 - np.square(x_new @ weights + y.mean(axis=0) - y_new).sum() / np.square(y_new - y.mean(axis=0)).sum()
 
-    edges, _ = described.sizes
+    edges, coarse, _ = described.sizes
     assert skill(slice(0, edges)) > 0.9
-    assert skill(slice(edges, 2 * edges)) < 0.5
+    assert skill(slice(edges + coarse, 2 * edges + coarse)) < 0.5

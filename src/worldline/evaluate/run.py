@@ -67,9 +67,9 @@ class EvaluateConfig:
     """Checkpoint of the same recipe trained with every action at the middle of its range, one more naive forecast."""
     compare: str | None = None
     """Another checkpoint, scored on the same windows; the difference of the HRIs gets a paired interval."""
-    train_frames: int = 12_000
+    train_frames: int = 60_000
     """Real training frames that the probe is fitted on, at most."""
-    validation_frames: int = 3_000
+    validation_frames: int = 6_000
     """Real validation frames that stop the probe's fit, at most."""
 
     def __post_init__(self) -> None:

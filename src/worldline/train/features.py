@@ -17,14 +17,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_EDGES, _PIXELS = 256, 384
-"""Components at most."""
+_EDGES, _COARSE_EDGES, _PIXELS = 256, 72, 384
+"""Components at most: of edges in small cells, of edges in large cells, of pixels."""
 _FLOOR = 1e-4
 """A component with less than this share of the largest one's variance is rounding, not picture."""
-_PIXEL_VARIANCE = 0.2
-"""Mean variance of the pixels' components, beside 1 of every edges' component."""
+_COARSE_VARIANCE, _PIXEL_VARIANCE = 2.0, 0.2
+"""Variance of a component of large cells, and mean variance of the pixels', beside 1 of a component of small cells."""
 _DIRECTIONS, _CELL = 8, 8
-"""Directions of edges, and half a cell's side in pixels; cells overlap by half."""
+"""Directions of edges, and half a small cell's side in pixels; large cells are twice as wide, all overlap by half."""
 _CHUNK = 32
 """Pictures described at once: few enough for a processor's cache."""
 
@@ -32,44 +32,50 @@ _CHUNK = 32
 class PictureFeatures:
     """Principal components of edges, whitened, and of pixels, each divided by the fourth root of its variance.
 
-    Whitening asks for small differences as loudly as for large ones. Fitted on sample pictures alone, so that it can be
-    made again from the same sample. Sources: histograms of oriented gradients as a target, MaskFeat, arXiv 2112.09133;
-    smooth tuning to 8 signed directions by the cube of the cosine.
+    Edges are looked at twice: in small cells, which say where they are, and in large ones, which see an object's angle
+    almost wherever it is. Whitening asks for small differences as loudly as for large ones. Fitted on sample pictures
+    alone, so that it can be made again from the same sample. Sources: histograms of oriented gradients as a target,
+    MaskFeat, arXiv 2112.09133; smooth tuning to 8 signed directions by the cube of the cosine.
     """
 
     def __init__(self, frames: UInt8[np.ndarray, "n h w 3"]) -> None:
         pictures = torch.from_numpy(frames.copy())
         edges = torch.cat([_edges(part) for part in _chunks(pictures)])
+        coarse = _coarser(edges, pictures.shape[1])
         self._edge_mean, edge_axes, edge_variance = _principal(edges, _EDGES)
         self._edge_map = edge_axes / edge_variance.sqrt()  # (o cells, e)
+        self._coarse_mean, coarse_axes, coarse_variance = _principal(coarse, _COARSE_EDGES)
+        self._coarse_map = coarse_axes * (_COARSE_VARIANCE / coarse_variance).sqrt()
         pixels = torch.cat([_pixels(part) for part in _chunks(pictures)])
         self._pixel_mean, pixel_axes, pixel_variance = _principal(pixels, _PIXELS)
         self._pixel_map = pixel_axes / pixel_variance.pow(0.25)  # (3 h w / 4, p)
         self._pixel_map *= (_PIXEL_VARIANCE / pixel_variance.sqrt().mean()).sqrt()
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """Components of edges, and of pixels."""
-        return self._edge_map.shape[1], self._pixel_map.shape[1]
+    def sizes(self) -> tuple[int, int, int]:
+        """Components of edges in small cells, in large cells, and of pixels."""
+        return self._edge_map.shape[1], self._coarse_map.shape[1], self._pixel_map.shape[1]
 
     def __call__(self, frames: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n k"]:
-        """Describe pictures: edges, then pixels."""
+        """Describe pictures: edges in small cells, in large cells, then pixels."""
         parts = []
         for part in _chunks(frames):
-            edges = (_edges(part) - self._edge_mean) @ self._edge_map
+            edges = _edges(part)
+            coarse = (_coarser(edges, part.shape[1]) - self._coarse_mean) @ self._coarse_map
             pixels = (_pixels(part) - self._pixel_mean) @ self._pixel_map
-            parts.append(torch.cat((edges, pixels), dim=1))
+            parts.append(torch.cat(((edges - self._edge_mean) @ self._edge_map, coarse, pixels), dim=1))
         return torch.cat(parts)
 
 
 class FeatureHead(nn.Module):
-    """Tell a picture's features from its latent; only training uses it."""
+    """Tell a picture's features from its latent; only training uses it.
+
+    One hidden layer: what a deep head could still untangle, a predictor or a probe could not.
+    """
 
     def __init__(self, latent_dim: int, size: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            *(nn.Linear(latent_dim, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU()), nn.Linear(1024, size)
-        )
+        self.layers = nn.Sequential(nn.Linear(latent_dim, 512), nn.GELU(), nn.Linear(512, size))
 
     def forward(self, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
         features: Tensor = self.layers(z)
@@ -94,6 +100,12 @@ def _edges(frames: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n k"]:
         maps += [tuned.clamp(min=0.0), tuned.neg().clamp_(min=0.0)]
     halves = F.avg_pool2d(torch.stack(maps, dim=1), _CELL)  # (n, o, h / 8, w / 8)
     return F.avg_pool2d(halves, 2, stride=1).flatten(1)
+
+
+def _coarser(edges: Float[Tensor, "n k"], size: int) -> Float[Tensor, "n l"]:
+    """Return edges in cells twice as wide, every second one: from (n, o, h / 8 - 1, w / 8 - 1), h = w = `size`."""
+    cells = edges.reshape(len(edges), _DIRECTIONS, size // _CELL - 1, -1)
+    return F.avg_pool2d(cells, 3, stride=2).flatten(1)
 
 
 def _pixels(frames: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n k"]:
