@@ -58,7 +58,7 @@ class StageConfig:
     foreground: float = 0.0
     """Extra weight of a pixel that is as far from the dataset's background as black from white."""
     motion: float = 0.0
-    """Extra weight of a pixel that changes between neighbouring looked-at frames from black to white (joint only)."""
+    """Extra weight of a pixel that changes between neighbouring looked-at frames from black to white."""
     latent_noise: float = 0.0
     """Standard deviation of the noise on latents that `grounding` and `features` read: near latents must mean near
     pictures."""
@@ -134,6 +134,7 @@ def _frozen() -> StageConfig:
         rollout_start=16,
         grounding=10.0,
         foreground=20.0,
+        motion=40.0,
         latent_noise=0.1,
         lr_decoder=2e-3,
         clip=5.0,
@@ -180,8 +181,6 @@ class TrainConfig:
             raise WorldlineError(
                 "the frozen stage leaves the encoder alone: its sigreg, inverse_dynamics and features must be 0"
             )
-        if self.frozen.motion:
-            raise WorldlineError("the frozen stage decodes single frames: its motion must be 0")
         if self.frozen.target_stride != 1:
             raise WorldlineError("the frozen stage has every latent at hand; its target_stride must be 1")
 

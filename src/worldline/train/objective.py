@@ -39,7 +39,8 @@ class FrozenBatch(NamedTuple):
     pixel_rows: Int64[Tensor, " m"]
     pixel_steps: Int64[Tensor, " m"]
     """Place of each picture in its window, always beyond the context."""
-    pixel_frames: UInt8[Tensor, "m h w 3"]
+    pixel_frames: UInt8[Tensor, "m 2 h w 3"]
+    """Each picture after the one before it."""
 
 
 class InverseHead(nn.Module):
@@ -141,13 +142,14 @@ def frozen_terms(
         state = world.begin(z[:, :c], actions[:, : c - 1])
         z_hat = world.rollout(state, actions[:, c - 1 : c - 1 + rollout])
         terms["own_rollout"] = losses.own_rollout(z_hat, z[:, c : c + rollout])
-    rows, steps = batch.pixel_rows, batch.pixel_steps
+    rows, steps, seen = batch.pixel_rows, batch.pixel_steps, batch.pixel_frames[:, 1]
     if stage.grounding:
         decoded = _noisy(z[rows, steps], stage.latent_noise, generator)
-        terms["grounding"] = _pixels(world, decoded, batch.pixel_frames, background, stage.foreground)
+        motion = losses.motion_weight(batch.pixel_frames.float() / 255.0, stage.motion)[:, 1] if stage.motion else None
+        terms["grounding"] = _pixels(world, decoded, seen, background, stage.foreground, motion)
     if stage.rollout_pixels:
         drawn = z_hat[rows, steps - c]
-        terms["rollout_pixels"] = _pixels(world, drawn, batch.pixel_frames, background, stage.foreground)
+        terms["rollout_pixels"] = _pixels(world, drawn, seen, background, stage.foreground)
     return terms
 
 

@@ -89,10 +89,10 @@ class FrozenWindows:
         rows = rng.integers(0, len(indices), wanted)
         steps = rng.integers(self._context, window, wanted)
         size = self._cache.image_size
-        frames = np.empty((wanted, size, size, 3), dtype=np.uint8)
+        frames = np.empty((wanted, 2, size, size, 3), dtype=np.uint8)
         for place, (row, at) in enumerate(zip(rows.tolist(), steps.tolist(), strict=True)):
             episode, start = indices[row].tolist()
-            frames[place] = self._cache.frames(episode, start + at, 1)[0]
+            frames[place] = self._cache.frames(episode, start + at - 1, 2)
         return FrozenBatch(
             z,
             _actions(self._cache.dataset, indices, window - 1),
