@@ -113,15 +113,16 @@ def _evaluate(config: Any, flags: set[str]) -> int:
     from worldline.train.references import make_references
 
     started = time.monotonic()
-    world, dataset = load_world(config.checkpoint), open_dataset(config.data)
-    if dataset.spec.factors and world.spec.name != dataset.spec.name:
-        raise WorldlineError(
-            f"{config.checkpoint} is a world of {world.spec.name}, {config.data} holds episodes of "
-            f"{dataset.spec.name}; evaluate it on data of its own world"
-        )
-    # told now, not after the minutes that a reference pack takes
-    choose_windows(dataset, context=world.config.context, horizon=config.horizon, count=config.windows)
+    dataset = open_dataset(config.data)
     if not (dataset.path / DIRECTORY / CARD).exists():
+        # what the evaluation would refuse is told now, not after the minutes that a pack takes
+        world = load_world(config.checkpoint)
+        if dataset.spec.factors and world.spec.name != dataset.spec.name:
+            raise WorldlineError(
+                f"{config.checkpoint} is a world of {world.spec.name}, {config.data} holds episodes of "
+                f"{dataset.spec.name}; evaluate it on data of its own world"
+            )
+        choose_windows(dataset, context=world.config.context, horizon=config.horizon, count=config.windows)
         print(f"{dataset.path} has no reference pack yet; making it, once")
         make_references(dataset)
     out = evaluate(config)
@@ -157,8 +158,6 @@ def _replay(config: Any, flags: set[str]) -> int:
     if "--verify" not in flags:
         print(f"next: worldline replay {config.file} --verify")
         return 0
-    if not recording.frames:
-        raise WorldlineError(f"{config.file}: holds no frame, so there is nothing to verify; record another session")
     try:
         workload = LatentWorkload.open(config.checkpoint or made_by.get("checkpoint", ""))
     except WorldlineError as error:  # a changed weight byte, for example

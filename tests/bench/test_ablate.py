@@ -23,12 +23,12 @@ def test_a_variant_that_fails_stops_the_comparison(tmp_path: Path, monkeypatch: 
 
 def test_the_report_divides_by_each_variants_own_minutes() -> None:
     def evaluation(value: float, r: list[float | None]) -> dict:
-        curves = {"r": r, "r_real_latents": [0.97]}
+        curves = {"r": r}
         return {"verdict": {"valid": value > 0, "hri": {"10": {"value": value}}}, "factors": {"agent": curves}}
 
     rows = [
-        _row("base", "", 2.0, evaluation(0.5, [0.9] * 10)),
-        _row("wide", "model.hidden=768", 4.0, evaluation(0.0, [None] * 10)),
+        _row("base", "", 2.0, evaluation(0.5, [0.97, *[0.5] * 9, 0.9])),
+        _row("wide", "model.hidden=768", 4.0, evaluation(0.0, [0.97, *[None] * 10])),
     ]
     text = _report(
         {

@@ -66,17 +66,14 @@ def run(config: AblateConfig) -> Path:
 
 def _train(place: Path, config: AblateConfig, options: str) -> float:
     """Train a variant and return its CPU minutes, all starts of an interrupted one together."""
-    spent = place / "cpu_minutes.json"
+    spent = place.with_name(f"{place.name}.cpu-minutes.json")  # beside the run, whose directory is its own
     before = read_json(spent) if spent.exists() else 0.0
-    if (place / "result.json").exists():
-        return float(before)
-    started = _cpu_minutes()
-    try:
+    finished, started = (place / "result.json").exists(), _cpu_minutes()
+    try:  # a finished run is returned as it is, or refused if its options were others
         _worldline("train", f"data={config.data}", f"path={place}", *config.base.split(), *options.split())
     finally:
-        total = before + _cpu_minutes() - started
-        if place.exists():
-            write_json(spent, total)
+        total = before if finished else before + _cpu_minutes() - started
+        write_json(spent, total)
     return float(total)
 
 
@@ -99,9 +96,7 @@ def _row(name: str, options: str, minutes: float, result: dict[str, Any]) -> dic
         "options": options,
         "valid": verdict["valid"],
         "hri": {horizon: interval["value"] for horizon, interval in verdict["hri"].items()},
-        "factors": {
-            factor: {"r": curves["r"], "real": curves["r_real_latents"][0]} for factor, curves in factors.items()
-        },
+        "factors": {factor: {"r": curves["r"]} for factor, curves in factors.items()},
     }
     return {"name": name, "cpu_minutes": minutes, "figures": figures}
 
@@ -127,7 +122,7 @@ def _report(result: dict[str, Any]) -> str:
         cells += [*(f"{value:.2f}" for value in hri), f"{hri[-1] / minutes[row['name']]:.3f}"]
         for factor in factors:
             curve = row["factors"][factor]
-            at = [curve["real"], *(curve["r"][int(h) - 1] for h in horizons)]
+            at = [curve["r"][h] for h in (0, *map(int, horizons))]
             cells.append(", ".join("n/a" if value is None else f"{value:.2f}" for value in at))
         if not row["valid"]:
             cells[0] += " (invalid)"

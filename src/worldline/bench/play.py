@@ -209,7 +209,7 @@ def _per_second(rows: list[dict[str, float | None]]) -> Float64[np.ndarray, " n"
 
 def _report(result: dict[str, Any]) -> str:
     timing, made = result["timing"], result["provenance"]
-    kept = {name: _keeps(timing[name], bar) for name, bar in BARS.items()}
+    kept = {name: keeps(timing[name], bar) for name, bar in BARS.items()}
     verdict = (
         "every bar is kept" if all(kept.values()) else "not kept: " + ", ".join(n for n, ok in kept.items() if not ok)
     )
@@ -240,5 +240,6 @@ def _report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _keeps(value: float, bar: tuple[str, float]) -> bool:
+def keeps(value: float, bar: tuple[str, float]) -> bool:
+    """Return whether a figure keeps its bar, one of `BARS`."""
     return value >= bar[1] if bar[0] == ">=" else value <= bar[1]

@@ -6,3 +6,14 @@ class WorldlineError(Exception):
 
     The command line prints it as one line and exits with status 2; anything else is a bug and shows its traceback.
     """
+
+
+def require_at_least(options: object, least: dict[str, int], prefix: str = "") -> None:
+    """Check numbers of a configuration against the least that each may be; `prefix` leads the message.
+
+    Raises:
+        WorldlineError: one is less.
+    """
+    for name, limit in least.items():
+        if getattr(options, name) < limit:
+            raise WorldlineError(f"{prefix}{name} must be at least {limit}, got {getattr(options, name)}")

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from worldline.core.errors import WorldlineError
+from worldline.core.errors import WorldlineError, require_at_least
 from worldline.core.files import atomic_path, read_json, write_json
 from worldline.core.progress import Task, progress
 from worldline.core.seeding import seed_for
@@ -55,9 +55,7 @@ class CollectConfig:
     """Height and width of the pictures; None is the simulator's own, 64."""
 
     def __post_init__(self) -> None:
-        for name, least in (("episodes", 1), ("steps", 2), ("seed", 0), ("workers", 1)):
-            if getattr(self, name) < least:
-                raise WorldlineError(f"collect: {name} must be at least {least}, got {getattr(self, name)}")
+        require_at_least(self, {"episodes": 1, "steps": 2, "seed": 0, "workers": 1}, "collect: ")
         if self.image_size is not None and not 16 <= self.image_size <= 512:
             raise WorldlineError(f"collect: image_size must be 16 to 512 pixels, got {self.image_size}")
 

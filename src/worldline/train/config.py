@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from worldline.core.errors import WorldlineError
+from worldline.core.errors import WorldlineError, require_at_least
 from worldline.model.world import WorldConfig
 
 
@@ -85,7 +85,7 @@ class StageConfig:
     """Compute in bfloat16 where autocast deems it safe."""
 
     def __post_init__(self) -> None:
-        low = {
+        least = {
             "steps": 0,
             "batch": 1,
             "rollout": 1,
@@ -94,9 +94,7 @@ class StageConfig:
             "pixel_frames": 1,
             "warmup": 0,
         }
-        for name, least in low.items():
-            if getattr(self, name) < least:
-                raise WorldlineError(f"a stage's {name} must be at least {least}, got {getattr(self, name)}")
+        require_at_least(self, least, "a stage's ")
         for name in ("prediction_share", "rollout_ramp", "lr_end", "ema"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise WorldlineError(f"a stage's {name} must lie between 0 and 1, got {getattr(self, name)}")
@@ -172,9 +170,7 @@ class TrainConfig:
     """Held-out windows that a validation rolls out."""
 
     def __post_init__(self) -> None:
-        for name, least in {"threads": 0, "log_every": 1, "checkpoint_every": 1, "validation_windows": 1}.items():
-            if getattr(self, name) < least:
-                raise WorldlineError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        require_at_least(self, {"threads": 0, "log_every": 1, "checkpoint_every": 1, "validation_windows": 1})
         if self.joint.steps + self.frozen.steps == 0:
             raise WorldlineError("joint.steps and frozen.steps are both 0; there is nothing to train")
         if self.frozen.sigreg or self.frozen.inverse_dynamics or self.frozen.features:

@@ -84,8 +84,9 @@ class _Training:
         self.gauge_frames = sample
         background = np.median(sample[:: max(1, len(sample) // _BACKGROUND_FRAMES)], axis=0) / 255.0
         self.background = torch.from_numpy(background.astype(np.float32)).to(config.device)
-        self.features = PictureFeatures(sample) if config.joint.features else None
-        self.world, self.heads = _new_modules(config, dataset, self.features)
+        self.features = PictureFeatures(sample) if config.joint.features and config.joint.steps else None
+        source = None if config.encoder is None else load_world(config.encoder)
+        self.world, self.heads = _new_modules(config, dataset, self.features, source)
         self.average: World | None = None
         self.optimizer: torch.optim.AdamW | None = None
         self._restored: dict[str, Tensor] = {}
@@ -95,7 +96,7 @@ class _Training:
             "provenance": provenance(),
             "seed": config.seed,
             "data": {"name": dataset.spec.name, "fingerprint": dataset.fingerprint},
-            "encoder": None if config.encoder is None else weights_sha256(load_world(config.encoder)),
+            "encoder": None if source is None else weights_sha256(source),
             "config": config.to_json(),
         }
 
@@ -272,7 +273,9 @@ class _Training:
         print("  best/, last/: checkpoints; metrics.jsonl, timing.jsonl: curves; result.json: figures and provenance")
 
 
-def _new_modules(config: TrainConfig, dataset: Dataset, features: PictureFeatures | None) -> tuple[World, Heads]:
+def _new_modules(
+    config: TrainConfig, dataset: Dataset, features: PictureFeatures | None, source: World | None
+) -> tuple[World, Heads]:
     """Make a world with weights that only the seed decides, and the heads that its training wants."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "weights"))
@@ -281,14 +284,13 @@ def _new_modules(config: TrainConfig, dataset: Dataset, features: PictureFeature
         heads = Heads(config.joint, config.model.latent_dim, dataset.spec.action_dim, size)
     mean, std = action_statistics(dataset)
     world.set_action_statistics(torch.from_numpy(mean), torch.from_numpy(std))
-    if config.encoder is not None:
-        _take_encoder(world, config.encoder)
+    if source is not None:
+        _take_encoder(world, source, config.encoder)
     return world.to(config.device), heads.to(config.device)
 
 
-def _take_encoder(world: World, checkpoint: Path) -> None:
-    """Copy encoder, latent norm and decoder of a checkpoint."""
-    source = load_world(checkpoint)
+def _take_encoder(world: World, source: World, checkpoint: Path | None) -> None:
+    """Copy encoder, latent norm and decoder of the world that `checkpoint` holds."""
     for name in ("encoder", "latent_norm", "decoder"):
         ours, theirs = getattr(world, name), getattr(source, name).state_dict()
         shapes = {key: tensor.shape for key, tensor in theirs.items()}

@@ -56,12 +56,15 @@ class InverseHead(nn.Module):
 
 
 class Heads(nn.Module):
-    """What training asks of latents and a world does not need; None where the term is off."""
+    """What training asks of latents and a world does not need; None where the term is off.
+
+    `features` is how many numbers describe a picture, 0 without that term.
+    """
 
     def __init__(self, stage: StageConfig, latent_dim: int, action_dim: int, features: int) -> None:
         super().__init__()
         self.inverse = InverseHead(latent_dim, action_dim) if stage.inverse_dynamics else None
-        self.features = FeatureHead(latent_dim, features) if stage.features else None
+        self.features = FeatureHead(latent_dim, features) if features else None
 
 
 def picked_frames(context: int, rollout: int, stride: int) -> list[int]:

@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int64
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from worldline.core.errors import WorldlineError
+from worldline.core.errors import WorldlineError, require_at_least
 from worldline.core.files import fsync_directory, read_json, sha256_file, write_bytes, write_json
 from worldline.core.progress import Task, progress
 from worldline.core.seeding import rng_for, seed_for
@@ -61,7 +61,7 @@ class ReferencesConfig:
     """Share of the factors' variance, left unexplained on validation episodes, at which a training ends."""
 
     def __post_init__(self) -> None:
-        low = {
+        least = {
             "max_frames": 1,
             "encoder_updates": _LEAST_UPDATES,
             "encoder_batch": 1,
@@ -70,9 +70,7 @@ class ReferencesConfig:
             "actions_hidden": 1,
             "horizon": 1,
         }
-        for name, least in low.items():
-            if getattr(self, name) < least:
-                raise WorldlineError(f"references: {name} must be at least {least}, got {getattr(self, name)}")
+        require_at_least(self, least, "references: ")
         if self.image_size is not None and (self.image_size < 16 or self.image_size % 16):
             raise WorldlineError(
                 f"references: image_size must be a positive multiple of 16, or null for the dataset's own, got "
