@@ -2,12 +2,16 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from worldline.train.geometry import measure_geometry
 from worldline.train.losses import (
+    covariance,
+    excess_growth,
     foreground_weight,
     grounding,
     inverse_dynamics,
@@ -16,6 +20,9 @@ from worldline.train.losses import (
     own_rollout,
     scale_gradient,
     sigreg,
+    straightening,
+    time_similarity,
+    variance,
     warmup_cosine,
 )
 
@@ -94,6 +101,91 @@ def test_prediction_errors_are_mean_squares() -> None:
     expected = sum((a - b) ** 2 for a, b in zip(z_hat.flat, z.flat, strict=True)) / 30
     for loss in (one_step, own_rollout, inverse_dynamics):
         assert float(loss(torch.from_numpy(z_hat), torch.from_numpy(z))) == pytest.approx(expected)
+    expected = sum(abs(a - b) for a, b in zip(z_hat.flat, z.flat, strict=True)) / 30
+    for loss in (one_step, own_rollout):
+        assert float(loss(torch.from_numpy(z_hat), torch.from_numpy(z), "l1")) == pytest.approx(expected)
+
+
+def test_excess_growth_counts_only_what_exceeds_the_allowance() -> None:
+    z = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
+    whitening = torch.tensor([[2.0, 0.0], [0.0, 0.5]])
+    z_hat = z.clone()
+    for k, length in enumerate((1.0, 3.0, 3.0, 12.0)):
+        z_hat[:, k, 0] += length  # squared lengths grow by 9, 1 and 16
+    z_hat.requires_grad_()
+    allowed = torch.tensor([2.0, 2.0, 4.0]).log()
+    found = excess_growth(z_hat, z, whitening, allowed)
+    assert float(found.detach()) == pytest.approx((math.log(9 / 2) + 0 + math.log(16 / 4)) / 3, rel=1e-5)
+    found.backward()
+    moves = z_hat.grad.abs().sum(dim=(0, 2))
+    assert moves[0] == moves[2] == 0  # the earlier error is no way out: making it larger earns nothing
+    assert moves[1] > 0
+    assert moves[3] > 0
+    assert float(excess_growth(z_hat.detach(), z, whitening, torch.full((3,), 5.0))) == 0.0
+
+
+def test_neighbours_part_as_fast_as_the_world_expands() -> None:
+    """z_{t+1} = 1.3 R z_t in two dimensions (squared distances by 1.69), from starts that are close in pairs."""
+    rng = np.random.default_rng(0)
+    turn = 1.3 * np.array([[math.cos(0.4), -math.sin(0.4)], [math.sin(0.4), math.cos(0.4)]])
+    episodes: dict[int, torch.Tensor] = {}
+    for number in range(40):
+        z = [rng.normal(size=2)]
+        for _ in range(8):
+            z.append(turn @ z[-1])
+        episodes[number] = torch.tensor(np.array(z), dtype=torch.float32)
+    found = measure_geometry(episodes, 8, seed=1)
+    assert found.log_growth.shape == (8,)
+    torch.testing.assert_close(found.log_growth, torch.full((8,), math.log(1.69)), atol=0.02, rtol=0)
+    pooled = (torch.cat(list(episodes.values())) - found.mean) @ found.whitening
+    torch.testing.assert_close(torch.cov(pooled.T), torch.eye(2), atol=1e-3, rtol=0)
+    shrinking = {number: z.flip(0) for number, z in episodes.items()}  # 1 / 1.69: contraction is not asked for
+    assert float(measure_geometry(shrinking, 8, seed=1).log_growth.max()) == 0.0
+
+
+def test_geometry_terms_equal_their_equations() -> None:
+    rng = np.random.default_rng(1)
+    z = 0.6 * rng.normal(size=(5, 6, 3))
+    torch_z = torch.from_numpy(z)
+    turns = []
+    for window in z:
+        for before, here, after in zip(window, window[1:], window[2:], strict=False):
+            a, b = here - before, after - here
+            turns.append(1 - a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+    assert float(straightening(torch_z)) == pytest.approx(np.mean(turns), rel=1e-6)
+    line = torch.arange(5.0)[None, :, None] * torch.tensor([1.0, -2.0, 0.5])
+    assert float(straightening(line)) == pytest.approx(0.0, abs=1e-6)
+    steps = [np.square(b - a) for window in z for a, b in pairwise(window)]
+    assert float(time_similarity(torch_z)) == pytest.approx(np.mean(steps))
+    flat = z.reshape(-1, 3)
+    short = [max(0.0, 1 - math.sqrt(column.var(ddof=1) + 1e-4)) for column in flat.T]
+    assert min(short) > 0
+    assert float(variance(torch.from_numpy(flat))) == pytest.approx(np.mean(short))
+    assert float(variance(torch.from_numpy(10 * flat))) == 0.0
+    c = np.cov(flat.T)
+    expected = sum(c[i, j] ** 2 for i in range(3) for j in range(3) if i != j) / 3
+    assert float(covariance(torch.from_numpy(flat))) == pytest.approx(expected)
+
+
+def _sigreg_on_a_rank(rank: int, folder: str, ranks: int) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    z = torch.randn(2, 24, 6, generator=torch.Generator().manual_seed(1)) * 1.7 + 0.3
+    part = z.chunk(ranks, dim=1)[rank].clone().requires_grad_()
+    loss = sigreg(part, torch.Generator().manual_seed(9), projections=5)
+    loss.backward()
+    torch.save((loss.detach(), part.grad / ranks), f"{folder}/rank{rank}.pt")  # averaged, as data parallelism does
+    torch.distributed.destroy_process_group()
+
+
+def test_sigreg_on_two_ranks_is_sigreg_of_the_whole_batch(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_sigreg_on_a_rank, (str(tmp_path), 2), nprocs=2)
+    z = (torch.randn(2, 24, 6, generator=torch.Generator().manual_seed(1)) * 1.7 + 0.3).requires_grad_()
+    loss = sigreg(z, torch.Generator().manual_seed(9), projections=5)
+    loss.backward()
+    found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for value, _ in found:
+        torch.testing.assert_close(value, loss.detach())
+    torch.testing.assert_close(torch.cat([gradient for _, gradient in found], dim=1), z.grad)
 
 
 def test_grounding_weighs_the_foreground() -> None:

@@ -293,6 +293,8 @@ def test_rollouts_grow_to_their_length() -> None:
         {"joint": StageConfig(steps=0, batch=1, rollout=1), "frozen": StageConfig(steps=0, batch=1, rollout=1)},
         {"frozen": StageConfig(steps=1, batch=1, rollout=1, sigreg=1.0)},
         {"frozen": StageConfig(steps=1, batch=1, rollout=1, target_stride=2)},
+        {"frozen": StageConfig(steps=1, batch=1, rollout=1, rollout_inverse=1.0)},
+        {"joint": StageConfig(steps=1, batch=1, rollout=1, excess_growth=1.0)},
         {"log_every": 0},
     ],
 )

@@ -51,10 +51,9 @@ class Gauge(nn.Module):
         """
         if len(z) < 100 or not torch.isfinite(z).all():
             raise WorldlineError(f"the drift gauge wants at least 100 finite latents, got {len(z)}")
-        self.mean.copy_(z.mean(dim=0))
-        values, vectors = torch.linalg.eigh(torch.cov(z.T.double()))
-        values = values.clamp(min=_FLOOR * float(values.max()) + 1e-12)
-        self.whitening.copy_(vectors * values.rsqrt())
+        mean, whitening = whiten(z)
+        self.mean.copy_(mean)
+        self.whitening.copy_(whitening)
         self.radius99.copy_(_quantile(self.radius(z)))
         self.cycle99.copy_(
             _quantile(torch.cat([self.cycle_distance(world, part) for part in torch.split(z[:2000], 250)]))
@@ -83,6 +82,13 @@ class Gauge(nn.Module):
         if scale <= 0:
             raise WorldlineError("this world's drift gauge has not been fitted; finish its training, or call gauge.fit")
         return scale
+
+
+def whiten(z: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
+    """Return mean m and matrix W, such that (z - m) @ W has unit covariance in every direction that latents use."""
+    values, vectors = torch.linalg.eigh(torch.cov(z.T.double()))
+    values = values.clamp(min=_FLOOR * float(values.max()) + 1e-12)
+    return z.mean(dim=0), (vectors * values.rsqrt()).to(z.dtype)
 
 
 def _quantile(values: Float[Tensor, " n"]) -> Tensor:

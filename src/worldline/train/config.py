@@ -10,6 +10,9 @@ from typing import Any, Literal
 from worldline.core.errors import WorldlineError, require_at_least
 from worldline.model.world import WorldConfig
 
+_ENCODER_TERMS = ("sigreg", "features", "straightening", "variance", "covariance", "time_similarity")
+_ROLLOUT_TERMS = ("excess_growth", "rollout_sigreg", "rollout_inverse")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
@@ -50,7 +53,26 @@ class StageConfig:
     that only sees a dataset's own places learns them by heart (the joint stage only)."""
     inverse_dynamics: float = 0.0
     """Weight of telling the action from two latents in a row."""
+    straightening: float = 0.0
+    """Weight of 1 - cos between a latent's steps in a row (the joint stage only)."""
+    variance: float = 0.0
+    """Weight of the latents' standard deviations' falling short of 1 (the joint stage only)."""
+    covariance: float = 0.0
+    """Weight of the latents' squared covariances (the joint stage only)."""
+    time_similarity: float = 0.0
+    """Weight of the latents' squared steps (the joint stage only)."""
+    excess_growth: float = 0.0
+    """Weight of the rollout error's growing faster than real neighbours part (the frozen stage only)."""
+    rollout_sigreg: float = 0.0
+    """Weight of SIGReg on rolled-out latents, whitened like real ones, at 8 random steps (the frozen stage only)."""
+    rollout_inverse: float = 0.0
+    """Weight of telling the action from two rolled-out latents in a row, by the head that `inverse_dynamics` trains on
+    real ones (the frozen stage only)."""
 
+    error: Literal["l2", "l1"] = "l2"
+    """Squared or absolute latent errors in `one_step` and `own_rollout`."""
+    pushforward_noise: float = 0.0
+    """Standard deviation of the noise on the real latents that the predictor is given, so that it learns to correct."""
     prediction_share: float = 0.03
     """Share of the prediction terms' gradient that reaches the encoder: 0 is none, 1 is all."""
     pixel_frames: int = 128
@@ -173,9 +195,15 @@ class TrainConfig:
         require_at_least(self, {"threads": 0, "log_every": 1, "checkpoint_every": 1, "validation_windows": 1})
         if self.joint.steps + self.frozen.steps == 0:
             raise WorldlineError("joint.steps and frozen.steps are both 0; there is nothing to train")
-        if self.frozen.sigreg or self.frozen.inverse_dynamics or self.frozen.features:
+        for stage, name, names, why in (
+            (self.frozen, "frozen", _ENCODER_TERMS, "leaves the encoder alone"),
+            (self.joint, "joint", _ROLLOUT_TERMS, "has no fixed latents to measure rollouts by"),
+        ):
+            if given := [term for term in names if getattr(stage, term)]:
+                raise WorldlineError(f"the {name} stage {why}: {name}.{given[0]} must be 0")
+        if self.frozen.rollout_inverse and not self.frozen.inverse_dynamics:
             raise WorldlineError(
-                "the frozen stage leaves the encoder alone: its sigreg, inverse_dynamics and features must be 0"
+                "frozen.rollout_inverse reads rollouts by the head that frozen.inverse_dynamics trains; give both"
             )
         if self.frozen.target_stride != 1:
             raise WorldlineError("the frozen stage has every latent at hand; its target_stride must be 1")

@@ -43,6 +43,7 @@ from worldline.train.checkpoint import (
 )
 from worldline.train.config import StageConfig, TrainConfig, rollout_length, stage_at, total_steps
 from worldline.train.features import PictureFeatures
+from worldline.train.geometry import Geometry, measure_geometry
 from worldline.train.losses import warmup_cosine
 from worldline.train.objective import Heads, Terms, frozen_terms, joint_terms, weighted_sum
 from worldline.train.validate import Validation
@@ -87,6 +88,7 @@ class _Training:
         self.features = PictureFeatures(sample) if config.joint.features and config.joint.steps else None
         source = None if config.encoder is None else load_world(config.encoder)
         self.world, self.heads = _new_modules(config, dataset, self.features, source)
+        self.geometry: Geometry | None = None
         self.average: World | None = None
         self.optimizer: torch.optim.AdamW | None = None
         self._restored: dict[str, Tensor] = {}
@@ -121,6 +123,9 @@ class _Training:
             produce = JointWindows(self.cache, stage, self.config.model.context, self.config.seed, self.features)
         else:
             produce = FrozenWindows(self.cache, stage, self.world, self.config.seed)
+            if stage.excess_growth or stage.rollout_sigreg:
+                found = measure_geometry(produce.latents, stage.rollout, self.config.seed)
+                self.geometry = Geometry(*(tensor.to(self.config.device) for tensor in found))
         sums, count, mark, waited = Terms(), 0, time.perf_counter(), 0.0
         with Prefetcher(produce, first, stage.steps) as batches:
             for local, batch in enumerate(batches, start=first):
@@ -158,7 +163,9 @@ class _Training:
                 terms = joint_terms(self.world, self.heads, batch, stage, rollout, self.background, generator)
             else:
                 generator = torch.Generator().manual_seed(seed_for(self.config.seed, "frozen-terms", local))
-                terms = frozen_terms(self.world, batch, stage, rollout, self.background, generator)
+                terms = frozen_terms(
+                    self.world, self.heads, batch, stage, rollout, self.background, generator, self.geometry
+                )
         loss = weighted_sum(terms, stage)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -181,7 +188,7 @@ class _Training:
             (self.world.encoder if joint else None, stage.lr_encoder),
             (self.world.predictor, stage.lr_predictor),
             (self.world.decoder if joint or stage.grounding else None, stage.lr_decoder),
-            (self.heads if joint else None, stage.lr_encoder),
+            (self.heads if joint else self.heads.inverse if stage.inverse_dynamics else None, stage.lr_encoder),
         ]
         self.world.requires_grad_(False).train(joint)
         groups = []
@@ -281,7 +288,12 @@ def _new_modules(
         torch.manual_seed(seed_for(config.seed, "weights"))
         world = World(config.model, dataset.spec)
         size = 0 if features is None else sum(features.sizes)
-        heads = Heads(config.joint, config.model.latent_dim, dataset.spec.action_dim, size)
+        heads = Heads(
+            inverse=bool(config.joint.inverse_dynamics or config.frozen.inverse_dynamics),
+            latent_dim=config.model.latent_dim,
+            action_dim=dataset.spec.action_dim,
+            features=size,
+        )
     mean, std = action_statistics(dataset)
     world.set_action_statistics(torch.from_numpy(mean), torch.from_numpy(std))
     if source is not None:

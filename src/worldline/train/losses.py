@@ -6,10 +6,13 @@ Shape legend: b batch, t steps, d latent, a action, g groups, n samples, h w pic
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.nn.functional import all_reduce
 
 
 def scale_gradient(z: Float[Tensor, "*b d"], share: float) -> Float[Tensor, "*b d"]:
@@ -21,21 +24,84 @@ def scale_gradient(z: Float[Tensor, "*b d"], share: float) -> Float[Tensor, "*b 
     return z.detach() + share * (z - z.detach())
 
 
-def one_step(z_hat: Float[Tensor, "b t d"], z: Float[Tensor, "b t d"]) -> Float[Tensor, ""]:
+Norm = Literal["l2", "l1"]
+
+
+def one_step(z_hat: Float[Tensor, "b t d"], z: Float[Tensor, "b t d"], norm: Norm = "l2") -> Float[Tensor, ""]:
     """Return the teacher-forced error: mean of (z_hat_i - z_i)^2, z_hat_i predicted from the true past of z_i.
 
-    Source: LeWM, arXiv 2603.19312, the prediction term.
+    `l1` takes |z_hat_i - z_i|.
+    Source: LeWM, arXiv 2603.19312, the prediction term; l1: V-JEPA 2-AC, arXiv 2506.09985.
     """
-    return (z_hat - z).square().mean()
+    return _error(z_hat, z, norm)
 
 
-def own_rollout(z_hat: Float[Tensor, "b t d"], z: Float[Tensor, "b t d"]) -> Float[Tensor, ""]:
+def own_rollout(z_hat: Float[Tensor, "b t d"], z: Float[Tensor, "b t d"], norm: Norm = "l2") -> Float[Tensor, ""]:
     """Return the open-loop error: mean over t of (z_hat_t - z_t)^2, z_hat_t predicted from z_hat_{t-1}.
 
     The errors' gradients run through the whole rollout, so that a step learns what it does to the steps after it.
+    `l1` takes |z_hat_t - z_t|.
     Source: multi-step latent losses as in PlaNet, arXiv 1811.04551 (latent overshooting), here without its noise.
     """
-    return (z_hat - z).square().mean()
+    return _error(z_hat, z, norm)
+
+
+def _error(z_hat: Tensor, z: Tensor, norm: Norm) -> Tensor:
+    gap = z_hat - z
+    return gap.abs().mean() if norm == "l1" else gap.square().mean()
+
+
+def excess_growth(
+    z_hat: Float[Tensor, "b t d"],
+    z: Float[Tensor, "b t d"],
+    whitening: Float[Tensor, "d d"],
+    log_growth: Float[Tensor, " t-1"],
+) -> Float[Tensor, ""]:
+    """Return how much faster a rollout's error grows than neighbouring real latents part.
+
+    mean_k relu(log e_{k+1} - sg(log e_k) - log rho_k), e_k the batch's mean of |W (z_hat_k - sg(z_k))|^2, W the
+    whitening of real latents and `log_growth` log rho_k, how much the squared distance of real neighbours grows from
+    step k to the next. Where the world itself expands, error may expand with it: to ask for contraction there is to ask
+    for forgetting. It is a penalty, and bounds nothing.
+    """
+    e = ((z_hat - z.detach()) @ whitening).square().mean(dim=(0, 2))  # (t,)
+    log_e = e.clamp(min=1e-12).log()
+    return (log_e[1:] - log_e[:-1].detach() - log_growth).relu().mean()
+
+
+def straightening(z: Float[Tensor, "b t d"]) -> Float[Tensor, ""]:
+    """Return how much latents turn: mean of 1 - cos(z_{t+1} - z_t, z_{t+2} - z_{t+1}).
+
+    Source: temporal straightening, arXiv 2603.12231.
+    """
+    v = z.diff(dim=1)
+    return (1.0 - torch.cosine_similarity(v[:, 1:], v[:, :-1], dim=-1, eps=1e-6)).mean()
+
+
+def variance(z: Float[Tensor, "n d"], floor: float = 1e-4) -> Float[Tensor, ""]:
+    """Return how far each dimension's standard deviation falls short of 1: mean of relu(1 - std).
+
+    Source: VICReg, arXiv 2105.04906, eq. 1 and 2; eb_jepa, arXiv 2602.03604.
+    """
+    return (1.0 - (z.var(dim=0) + floor).sqrt()).relu().mean()
+
+
+def covariance(z: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """Return the squared covariances of different dimensions: sum over i != j of C_ij^2, divided by d.
+
+    Source: VICReg, arXiv 2105.04906, eq. 3 and 4; eb_jepa, arXiv 2602.03604.
+    """
+    centred = z - z.mean(dim=0)
+    c = centred.T @ centred / (len(z) - 1)
+    return (c.square().sum() - c.diagonal().square().sum()) / z.shape[1]
+
+
+def time_similarity(z: Float[Tensor, "b t d"]) -> Float[Tensor, ""]:
+    """Return how far latents move in a step: mean of (z_{t+1} - z_t)^2.
+
+    Source: the time-similarity term of PLDM, arXiv 2502.14819, and eb_jepa, arXiv 2602.03604.
+    """
+    return z.diff(dim=1).square().mean()
 
 
 def sigreg(
@@ -46,6 +112,11 @@ def sigreg(
     The Epps-Pulley statistic of y = u.z: n * integral of |mean_j exp(i t y_j) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt over
     [-t_max, t_max], by the trapezoid rule on `knots` points of the half line (the integrand is even), then the mean
     over directions and groups. Directions come from `generator` alone.
+
+    Under `torch.distributed` n counts the samples of all ranks, equally many each, and mean_j runs over them. Every
+    rank returns the value, and once gradients are averaged over ranks has the gradient, of one process with the whole
+    batch.
+    Ranks must give generators of the same state.
     Source: LeJEPA, arXiv 2511.08544, SIGReg with Epps-Pulley; LeWM, arXiv 2603.19312, takes each time step as a group.
     """
     _, n, d = z.shape
@@ -58,9 +129,19 @@ def sigreg(
     distance = torch.zeros(y.shape[0], y.shape[2], device=z.device)
     for k in range(1, knots):  # t = 0 adds nothing: both functions are 1 there
         angle = t[k] * y
-        gap = (angle.cos().mean(dim=1) - gaussian[k]).square() + angle.sin().mean(dim=1).square()  # (g, p)
+        gap = (_sample_mean(angle.cos()) - gaussian[k]).square() + _sample_mean(angle.sin()).square()  # (g, p)
         distance = distance + weights[k] * gaussian[k] * gap
-    return n * distance.mean()
+    return _ranks() * n * distance.mean()
+
+
+def _sample_mean(values: Float[Tensor, "g n p"]) -> Float[Tensor, "g p"]:
+    """Average over the samples of all ranks, differentiably."""
+    mean: Tensor = values.mean(dim=1)
+    return all_reduce(mean) / _ranks() if _ranks() > 1 else mean  # type: ignore[no-untyped-call]
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def foreground_weight(

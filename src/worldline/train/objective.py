@@ -10,13 +10,17 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from worldline.model.world import World
 from worldline.train import losses
 from worldline.train.config import StageConfig
 from worldline.train.features import FeatureHead
+from worldline.train.geometry import Geometry
 
 Terms = dict[str, Tensor]
+
+_SIGREG_STEPS = 8  # of a rollout, so that SIGReg costs less than the rollout itself
 
 
 class JointBatch(NamedTuple):
@@ -61,9 +65,9 @@ class Heads(nn.Module):
     `features` is how many numbers describe a picture, 0 without that term.
     """
 
-    def __init__(self, stage: StageConfig, latent_dim: int, action_dim: int, features: int) -> None:
+    def __init__(self, *, inverse: bool, latent_dim: int, action_dim: int, features: int) -> None:
         super().__init__()
-        self.inverse = InverseHead(latent_dim, action_dim) if stage.inverse_dynamics else None
+        self.inverse = InverseHead(latent_dim, action_dim) if inverse else None
         self.features = FeatureHead(latent_dim, features) if features else None
 
 
@@ -89,20 +93,29 @@ def joint_terms(
     predicted = losses.scale_gradient(z, stage.prediction_share)
     neighbours = z.shape[1] if stride == 1 else c  # so many first frames follow each other without a gap
 
+    given = _noisy(predicted, stage.pushforward_noise, generator)
     if stage.one_step:
-        z_hat = world.teacher_forced(predicted[:, : neighbours - 1], batch.actions[:, : neighbours - 1])
-        terms["one_step"] = losses.one_step(z_hat, predicted[:, 1:neighbours])
+        z_hat = world.teacher_forced(given[:, : neighbours - 1], batch.actions[:, : neighbours - 1])
+        terms["one_step"] = losses.one_step(z_hat, predicted[:, 1:neighbours], stage.error)
     if stage.own_rollout or stage.rollout_pixels:
-        state = world.begin(predicted[:, :c], batch.actions[:, : c - 1])
+        state = world.begin(given[:, :c], batch.actions[:, : c - 1])
         z_hat = world.rollout(state, batch.actions[:, c - 1 : c - 1 + rollout])[:, stride - 1 :: stride]
-        terms["own_rollout"] = losses.own_rollout(z_hat, predicted[:, c:])
+        terms["own_rollout"] = losses.own_rollout(z_hat, predicted[:, c:], stage.error)
     if stage.sigreg:
         groups = z.transpose(0, 1) if stage.sigreg_per_step else z.flatten(0, 1)[None]
         terms["sigreg"] = losses.sigreg(groups, generator, projections=stage.projections)
+    if stage.straightening:
+        terms["straightening"] = losses.straightening(z[:, :neighbours])
+    if stage.variance:
+        terms["variance"] = losses.variance(z.flatten(0, 1))
+    if stage.covariance:
+        terms["covariance"] = losses.covariance(z.flatten(0, 1))
+    if stage.time_similarity:
+        terms["time_similarity"] = losses.time_similarity(z[:, :neighbours])
     if heads.features is not None:
         features = heads.features(_noisy(encoded, stage.latent_noise, generator))
         terms["features"] = losses.features(features.float(), batch.features)
-    if heads.inverse is not None:
+    if stage.inverse_dynamics and heads.inverse is not None:
         action_hat = heads.inverse(z[:, : neighbours - 1], z[:, 1:neighbours])
         action = world.normalise_actions(batch.actions[:, : neighbours - 1])
         terms["inverse_dynamics"] = losses.inverse_dynamics(action_hat, action)
@@ -129,22 +142,40 @@ def joint_terms(
 
 def frozen_terms(
     world: World,
+    heads: Heads,
     batch: FrozenBatch,
     stage: StageConfig,
     rollout: int,
     background: Float[Tensor, "h w 3"],
     generator: torch.Generator,
+    geometry: Geometry | None,
 ) -> Terms:
     """Return the unweighted terms of the frozen stage, by the name of their weight in the stage."""
     c, terms = world.config.context, Terms()
     z, actions = batch.z, batch.actions
+    given, ahead = _noisy(z, stage.pushforward_noise, generator), actions[:, c - 1 : c - 1 + rollout]
     if stage.one_step:
-        z_hat = world.teacher_forced(z[:, : c + rollout - 1], actions[:, : c + rollout - 1])
-        terms["one_step"] = losses.one_step(z_hat, z[:, 1 : c + rollout])
-    if stage.own_rollout or stage.rollout_pixels:
-        state = world.begin(z[:, :c], actions[:, : c - 1])
-        z_hat = world.rollout(state, actions[:, c - 1 : c - 1 + rollout])
-        terms["own_rollout"] = losses.own_rollout(z_hat, z[:, c : c + rollout])
+        z_hat = world.teacher_forced(given[:, : c + rollout - 1], actions[:, : c + rollout - 1])
+        terms["one_step"] = losses.one_step(z_hat, z[:, 1 : c + rollout], stage.error)
+    if stage.own_rollout or stage.rollout_pixels or geometry is not None or stage.rollout_inverse:
+        z_hat = world.rollout(world.begin(given[:, :c], actions[:, : c - 1]), ahead)
+    if stage.own_rollout:
+        terms["own_rollout"] = losses.own_rollout(z_hat, z[:, c : c + rollout], stage.error)
+    if stage.excess_growth and geometry is not None:
+        allowed = geometry.log_growth[: rollout - 1]
+        terms["excess_growth"] = losses.excess_growth(z_hat.float(), z[:, c : c + rollout], geometry.whitening, allowed)
+    if stage.rollout_sigreg and geometry is not None:
+        steps = torch.randperm(rollout, generator=generator)[:_SIGREG_STEPS].to(z.device)
+        whitened = (z_hat[:, steps].float() - geometry.mean) @ geometry.whitening
+        groups = whitened.transpose(0, 1)
+        terms["rollout_sigreg"] = losses.sigreg(groups, generator, projections=stage.projections)
+    if stage.inverse_dynamics and heads.inverse is not None:
+        action = world.normalise_actions(actions)
+        terms["inverse_dynamics"] = losses.inverse_dynamics(heads.inverse(z[:, :-1], z[:, 1:]), action)
+        if stage.rollout_inverse:  # real latents alone train the head, or it would learn to read a rollout's own marks
+            fixed = {name: parameter.detach() for name, parameter in heads.inverse.named_parameters()}
+            action_hat = functional_call(heads.inverse, fixed, (z_hat[:, :-1], z_hat[:, 1:]))
+            terms["rollout_inverse"] = losses.inverse_dynamics(action_hat, world.normalise_actions(ahead[:, 1:]))
     rows, steps, seen = batch.pixel_rows, batch.pixel_steps, batch.pixel_frames[:, 1]
     if stage.grounding:
         decoded = _noisy(z[rows, steps], stage.latent_noise, generator)

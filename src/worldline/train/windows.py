@@ -77,13 +77,14 @@ class FrozenWindows:
         self._cache, self._stage, self._context, self._seed = cache, stage, world.config.context, seed
         lengths = _lengths(cache.dataset, "train")
         self._sampler = Sampler(lengths, self._context + stage.rollout, stage.batch, seed_for(seed, "frozen"))
-        self._z = encode_episodes(world, cache, list(lengths))
+        self.latents = encode_episodes(world, cache, list(lengths))
+        """Of every training frame, by episode."""
 
     def __call__(self, step: int) -> FrozenBatch:
         indices = self._sampler.indices(step)
         rollout = rollout_length(self._stage, step)
         window = self._context + rollout
-        z = torch.stack([self._z[e][s : s + window] for e, s in indices.tolist()])
+        z = torch.stack([self.latents[e][s : s + window] for e, s in indices.tolist()])
         wanted = self._stage.pixel_frames if self._stage.grounding or self._stage.rollout_pixels else 0
         rng = rng_for(self._seed, "frozen-pixels", step)
         rows = rng.integers(0, len(indices), wanted)
