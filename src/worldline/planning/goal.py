@@ -1,0 +1,105 @@
+"""What a plan costs in a world: the distance of imagined latents to the latent of a goal picture.
+
+Shape legend: p problems, n candidates of each, t planned actions, a action, d latent, r directions that count,
+k elites.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from worldline.model.world import State, World
+from worldline.planning.screen import Reference, Screen
+
+Over = Literal["mean", "last"]
+
+_CONTENDERS = 16
+"""Candidates around the last elite that are always imagined exactly."""
+_SAFETY = 6.0
+"""Candidates farther from the last elite than this many times the largest error seen are taken as decided."""
+
+
+class GoalCost:
+    """Squared distance of the imagined latents to the goal's: the mean over all imagined steps, or that of the last.
+
+    The mean asks for arriving early and staying; the last step alone leaves open when.
+
+    `hold` world steps are imagined for each planned action. `matrix` maps latents to the directions that count
+    (`planning.metric`); None counts all alike. With a `screen` of the same world, `elites` imagines most candidates
+    roughly and only those near the border between elites and others exactly.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        state: State,
+        goal: Float[Tensor, "p d"],
+        *,
+        hold: int = 1,
+        matrix: Float[Tensor, "d r"] | None = None,
+        over: Over = "mean",
+        screen: Screen | None = None,
+    ) -> None:
+        self._world, self._state, self._goal = world, state, goal
+        self._hold, self._matrix, self._over = hold, matrix, over
+        self._screen = screen
+        self._references: list[list[Reference] | None] = [None] * len(goal)
+
+    def __call__(self, actions: Float[Tensor, "p n t a"]) -> Float[Tensor, "p n"]:
+        # one problem at a time: hundreds of rows fill a processor, and the bits are those of each problem alone
+        return torch.stack([self._exact(problem, part) for problem, part in enumerate(actions.unbind())])
+
+    def elites(self, actions: Float[Tensor, "p n t a"], k: int) -> Int64[Tensor, "p k"]:
+        """Return which k candidates cost least: the same as by exact costs."""
+        return torch.stack([self._elites(problem, part, k) for problem, part in enumerate(actions.unbind())])
+
+    def _elites(self, problem: int, actions: Float[Tensor, "n t a"], k: int) -> Int64[Tensor, " k"]:
+        n = len(actions)
+        if self._screen is None or n < 4 * _CONTENDERS or k == n:
+            return torch.topk(_defined(self._exact(problem, actions)), k, largest=False).indices
+        costs = _defined(self._rough(problem, actions))
+        border = torch.kthvalue(costs, k).values
+        nearest = torch.argsort((costs - border).abs())
+        known, error = 0, 0.0
+        exact = costs.clone()
+        wanted = _CONTENDERS
+        while known < wanted:
+            asked = nearest[known:wanted]
+            exact[asked] = _defined(self._exact(problem, actions[asked]))
+            seen = nearest[:wanted]
+            error = float(torch.nan_to_num((exact[seen] - costs[seen]).abs(), nan=torch.inf).max())
+            known, wanted = wanted, int(((costs - border).abs() <= _SAFETY * error).sum())
+        if known > n // 4:
+            self._references[problem] = None  # the search has moved away from it
+        return torch.topk(exact, k, largest=False).indices
+
+    def _exact(self, problem: int, actions: Float[Tensor, "n t a"]) -> Float[Tensor, " n"]:
+        n = len(actions)
+        z, memory = self._state.z[problem], (part[problem] for part in self._state.memory)
+        state = State(z.expand(n, -1), tuple(part.expand(n, *part.shape) for part in memory))
+        return self._distance(problem, self._world.rollout(state, actions.repeat_interleave(self._hold, dim=1)))
+
+    def _rough(self, problem: int, actions: Float[Tensor, "n t a"]) -> Float[Tensor, " n"]:
+        assert self._screen is not None
+        z, h = self._state.z[problem], self._state.memory[0][problem]
+        held = actions.repeat_interleave(self._hold, dim=1)
+        reference = self._references[problem]
+        if reference is None:
+            reference = self._references[problem] = self._screen.reference(z, h, held.mean(dim=0))
+        return self._distance(problem, self._screen.rollout(z, h, held, reference))
+
+    def _distance(self, problem: int, imagined: Float[Tensor, "n t d"]) -> Float[Tensor, " n"]:
+        if self._over == "last":
+            imagined = imagined[:, -1:]
+        offset = imagined - self._goal[problem]
+        if self._matrix is not None:
+            offset = offset @ self._matrix
+        return offset.square().sum(dim=-1).mean(dim=-1)
+
+
+def _defined(costs: Tensor) -> Tensor:
+    return torch.nan_to_num(costs, nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
