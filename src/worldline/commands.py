@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_PORT = 8765
-BENCHMARKS = ("engine", "play")
+BENCHMARKS = ("engine", "plan", "play")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +132,14 @@ def _evaluate(config: Any, flags: set[str]) -> int:
     return 0
 
 
+def _plan(config: Any, flags: set[str]) -> int:
+    from worldline.evaluate.planning import evaluate_planning
+
+    started = time.monotonic()
+    wrote(evaluate_planning(config), started)
+    return 0
+
+
 def _play(config: Any, flags: set[str]) -> int:
     from worldline.checkpoints import add_starts
     from worldline.serve.app import serve
@@ -190,6 +198,14 @@ def _bench(name: str, flags: set[str]) -> int:
 
 def _bench_engine(config: Any, flags: set[str]) -> int:
     from worldline.bench.engine import run
+
+    started = time.monotonic()
+    wrote(run(config).parent, started)
+    return 0
+
+
+def _bench_plan(config: Any, flags: set[str]) -> int:
+    from worldline.bench.plan import run
 
     started = time.monotonic()
     wrote(run(config).parent, started)
@@ -323,6 +339,28 @@ COMMANDS: dict[str, Command] = {
             path_required=True,
         ),
         Command(
+            name="plan",
+            summary="plan with a world to pictures of goals, in the real simulator, beside an oracle",
+            about="""
+            Takes moments of held-out episodes and the pictures seen 25 to 100 frames later, plans in the world's
+            imagination, carries a little of each plan out in the simulator, and plans again. Reached or not is told by
+            the true state. The same planner with the true dynamics tries the same starts. Writes result.json,
+            report.md and filmstrip.png.
+
+            Without data= it is the dataset that the checkpoint was trained on.
+            """,
+            examples=(
+                ("worldline plan runs/two_room", "CEM, goals 25, 50, 75 and 100 frames ahead"),
+                ("worldline plan runs/a compare=runs/b planner.method=icem", "two worlds, paired, by another planner"),
+                ("worldline plan runs/a starts=8 planner_seeds=1 offsets=[25,50]", "a first look"),
+            ),
+            run=_plan,
+            config="worldline.evaluate.planning:PlanConfig",
+            path="checkpoint",
+            path_required=True,
+            kept="Finished parts are kept; the same command goes on from there.",
+        ),
+        Command(
             name="play",
             summary="a world in your browser: keys in, frames out, every millisecond accounted for",
             about="""
@@ -364,7 +402,7 @@ COMMANDS: dict[str, Command] = {
             summary="timings of this machine, with what they mean, written to reports/",
             about="""
             Without a NAME every benchmark runs with its defaults. Each writes result.json and report.md into
-            reports/DATE-NAME. The names: engine, play.
+            reports/DATE-NAME. The names: engine, plan, play.
             """,
             examples=(
                 ("worldline bench", "all of them"),
@@ -384,6 +422,18 @@ COMMANDS: dict[str, Command] = {
             examples=(("worldline bench engine checkpoint=runs/pusht-tiny", "with a world of your own"),),
             run=_bench_engine,
             config="worldline.bench.engine:EngineBenchConfig",
+        ),
+        Command(
+            name="bench plan",
+            summary="one plan of 300 samples x 30 iterations x 5 steps, beside a plain loop over the same noise",
+            about="""
+            Plans with the cross-entropy method in a world, once as `worldline plan` does and once by a plain loop that
+            steps every candidate, in turns. Says how long each takes and in how many iterations both chose the same
+            elites.
+            """,
+            examples=(("worldline bench plan checkpoint=runs/pusht-tiny", "with a world of your own"),),
+            run=_bench_plan,
+            config="worldline.bench.plan:PlanBenchConfig",
         ),
         Command(
             name="bench play",

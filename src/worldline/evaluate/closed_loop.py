@@ -1,0 +1,210 @@
+"""Acting by plans: look, plan, carry out a little of the plan, look again, until the goal is reached or time is up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64, UInt8
+from torch import Tensor
+
+from worldline.core.seeding import seed_for
+from worldline.data.cache import FrameCache, resize
+from worldline.data.goals import reached
+from worldline.data.simulators import Observation, Simulator
+from worldline.evaluate.starts import Starts, simulator_at
+from worldline.evaluate.windows import states_of
+from worldline.model.world import State, World
+from worldline.planning.goal import GoalCost, Over
+from worldline.planning.oracle import OracleCost, futures_of
+from worldline.planning.planners import Cost, PlannerConfig, Space, plan
+from worldline.planning.screen import make_screen
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How plans are carried out."""
+
+    hold: int = 5
+    """Environment steps that each planned action lasts."""
+    carried_out: int = 1
+    """Planned actions that are carried out before the next plan."""
+    over: Over = "mean"
+    """What a plan's cost is taken over: the mean over its steps, or the last."""
+
+
+class Problems(NamedTuple):
+    """The starts as a planner meets them."""
+
+    frames: UInt8[np.ndarray, "n c h w 3"]
+    """What was seen up to the start."""
+    actions: Float32[np.ndarray, "n c1 a"]
+    """What was done between those frames."""
+    goal_frames: UInt8[np.ndarray, "n h w 3"]
+    goal_states: Float32[np.ndarray, "n s"]
+
+
+class Outcome(NamedTuple):
+    """What became of each start."""
+
+    steps: Int64[np.ndarray, " n"]
+    """Environment steps until the goal was reached; -1 if it was not within the budget."""
+    frames: UInt8[np.ndarray, "n h w 3"]
+    """The last picture."""
+    decision_ms: Float[np.ndarray, " decisions"]
+    """Wall-clock time of each decision, divided by the number of starts that were decided for."""
+
+
+@runtime_checkable
+class Agent(Protocol):
+    """What plans: it is told what happens, and asked what each plan costs."""
+
+    space: Space
+
+    def begin(self, problems: Problems, simulators: list[Simulator]) -> None:
+        """Hear of the starts. `simulators` are the real ones, which only an oracle looks into."""
+        ...
+
+    def cost(self, rows: list[int]) -> Cost:
+        """Return the cost of plans from here on, for the starts in `rows`."""
+        ...
+
+    def observe(self, rows: list[int], actions: Float32[np.ndarray, "r a"], seen: list[Observation]) -> None:
+        """Hear which actions were carried out for `rows` and what was seen then."""
+        ...
+
+
+class WorldAgent:
+    """Plans in a world's imagination, towards the latent of the goal's picture."""
+
+    def __init__(self, world: World, loop: LoopConfig, matrix: Float[Tensor, "d r"] | None = None) -> None:
+        self.space = Space.of(world.spec, world.action_mean, world.action_std)
+        self._world, self._loop, self._matrix = world, loop, matrix
+        self._screen = make_screen(world)
+
+    @torch.no_grad()
+    def begin(self, problems: Problems, simulators: list[Simulator]) -> None:
+        world, kept = self._world, self._world.config.context
+        context = world.encode(self._seen(problems.frames[:, -kept:]))
+        before = problems.actions[:, problems.actions.shape[1] - kept + 1 :]
+        self._state = world.begin(context, torch.from_numpy(before.copy()))
+        self._goal = world.encode(self._seen(problems.goal_frames[:, None]))[:, 0]
+
+    def cost(self, rows: list[int]) -> Cost:
+        return GoalCost(
+            self._world,
+            _rows_of(self._state, rows),
+            self._goal[rows],
+            hold=self._loop.hold,
+            matrix=self._matrix,
+            over=self._loop.over,
+            screen=self._screen,
+        )
+
+    @torch.no_grad()
+    def observe(self, rows: list[int], actions: Float32[np.ndarray, "r a"], seen: list[Observation]) -> None:
+        world = self._world
+        expected = world.step(_rows_of(self._state, rows), torch.from_numpy(actions))
+        z = world.encode(self._seen(np.stack([observation.frame for observation in seen])[:, None]))[:, 0]
+        now = world.observe(expected, z)
+        for whole, part in zip((self._state.z, *self._state.memory), (now.z, *now.memory), strict=True):
+            whole[rows] = part
+
+    def _seen(self, frames: UInt8[np.ndarray, "n c h w 3"]) -> UInt8[Tensor, "n c s s 3"]:
+        size = self._world.config.image_size
+        small = resize(frames.reshape(-1, *frames.shape[2:]), size)
+        return torch.from_numpy(small.reshape(*frames.shape[:2], size, size, 3).copy())
+
+
+class OracleAgent:
+    """Plans with the true dynamics of the world called `name`, towards the goal's true state."""
+
+    def __init__(self, name: str, space: Space, loop: LoopConfig) -> None:
+        self.space, self._loop = space, loop
+        self._futures = futures_of(name)
+
+    def begin(self, problems: Problems, simulators: list[Simulator]) -> None:
+        self._simulators, self._goals = simulators, problems.goal_states
+
+    def cost(self, rows: list[int]) -> Cost:
+        simulators = [self._simulators[row] for row in rows]
+        spec, hold, over = simulators[0].spec, self._loop.hold, self._loop.over
+        return OracleCost(spec, simulators, self._goals[rows], self._futures, hold=hold, over=over)
+
+    def observe(self, rows: list[int], actions: Float32[np.ndarray, "r a"], seen: list[Observation]) -> None:
+        """Do nothing: the simulators have moved on by themselves."""
+
+
+def attempt(
+    agent: Agent,
+    cache: FrameCache,
+    starts: Starts,
+    *,
+    planner: PlannerConfig,
+    loop: LoopConfig,
+    context: int,
+    budget: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> Outcome:
+    """Let an agent try every start for at most `budget` environment steps. A start whose goal is reached is left alone.
+
+    Candidates are drawn by (seed, episode, start, offset, decision): the same for every agent with the same planner.
+    """
+    dataset, n = cache.dataset, len(starts.index)
+    problems = problems_at(cache, starts, context)
+    simulators = [simulator_at(dataset, episode, start) for episode, start in starts.index.tolist()]
+    agent.begin(problems, simulators)
+    steps, last = np.full(n, -1), problems.frames[:, -1].copy()
+    moved_on: Float[Tensor, "n t a"] = agent.space.centre.expand(n, planner.steps, -1).clone()
+    milliseconds = []
+    done = 0
+    while done < budget and (rows := np.flatnonzero(steps < 0).tolist()):
+        seeds = [seed_for(seed, *starts.index[row].tolist(), starts.offset, "decision", done) for row in rows]
+        begun = time.perf_counter()
+        found = plan(agent.cost(rows), agent.space, planner, seeds, moved_on[rows]).actions
+        milliseconds.append((time.perf_counter() - begun) * 1e3 / len(rows))
+        rest = agent.space.centre.expand(len(rows), loop.carried_out, -1)
+        moved_on[rows] = torch.cat((found[:, loop.carried_out :], rest), dim=1)
+        before = done
+        for action in _each(found[:, : loop.carried_out].numpy(), loop.hold):
+            if done == budget or not rows:
+                break
+            seen = [simulators[row].step(action[row_at]) for row_at, row in enumerate(rows)]
+            done += 1
+            agent.observe(rows, action, seen)
+            states = np.stack([observation.state for observation in seen])
+            there = reached(dataset.spec, states, problems.goal_states[rows])
+            for row, observation, is_there in zip(rows, seen, there.tolist(), strict=True):
+                last[row] = observation.frame
+                steps[row] = done if is_there else -1
+            if there.any():
+                break  # plan anew for those that remain
+        advance(done - before)
+    advance(budget - done)
+    return Outcome(steps, last, np.array(milliseconds))
+
+
+def problems_at(cache: FrameCache, starts: Starts, context: int) -> Problems:
+    """Return what is seen and done up to each start, and its goal. `cache` holds the dataset's own picture size."""
+    dataset, goal = cache.dataset, starts.offset
+    return Problems(
+        frames=np.stack([cache.frames(e, t - context + 1, context) for e, t in starts.index.tolist()]),
+        actions=np.stack([dataset.actions(e)[t - context + 1 : t] for e, t in starts.index.tolist()]),
+        goal_frames=np.stack([cache.frames(e, t + goal, 1)[0] for e, t in starts.index.tolist()]),
+        goal_states=np.stack([states_of(dataset, e)[t + goal] for e, t in starts.index.tolist()]),
+    )
+
+
+def _each(actions: Float32[np.ndarray, "n t a"], hold: int) -> Iterator[Float32[np.ndarray, "n a"]]:
+    for step in range(actions.shape[1]):
+        for _ in range(hold):
+            yield actions[:, step]
+
+
+def _rows_of(state: State, rows: list[int]) -> State:
+    return State(state.z[rows], tuple(part[rows] for part in state.memory))

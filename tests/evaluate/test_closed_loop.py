@@ -1,0 +1,208 @@
+"""Planning in the real two_room: goals are reached, solved starts are left out, and everything repeats and resumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from worldline.core.errors import WorldlineError
+from worldline.core.files import read_json
+from worldline.data.cache import FrameCache
+from worldline.data.collect import CollectConfig, collect
+from worldline.data.goals import TOLERANCES, reached
+from worldline.data.lerobot import Dataset, open_dataset
+from worldline.data.two_room import MAX_SPEED, TwoRoom
+from worldline.evaluate import closed_loop, planning
+from worldline.evaluate.closed_loop import LoopConfig, OracleAgent, WorldAgent, attempt
+from worldline.evaluate.planning import PlanConfig, evaluate_planning
+from worldline.evaluate.starts import choose_starts, simulator_at
+from worldline.model.checkpoint import save_world
+from worldline.model.world import State, World, WorldConfig
+from worldline.planning.planners import PlannerConfig, Space
+
+QUICK = PlannerConfig(steps=4, samples=40, iterations=4, elites=5)
+LOOP = LoopConfig(hold=3)
+SPACE = Space.of(TwoRoom.spec, torch.zeros(2), torch.full((2,), 0.58))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    path = tmp_path_factory.mktemp("planning") / "rooms"
+    return open_dataset(collect(CollectConfig(env="two_room", path=str(path), episodes=40, steps=40, workers=1)))
+
+
+class SeesThePlace(World):
+    """A world made by hand: its latent is where the blue disc is, and it knows how an action moves it in the open."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.spec, self.config = TwoRoom.spec, WorldConfig(context=2, latent_dim=2)
+        self.predictor = nn.Identity()
+        self.action_mean, self.action_std = torch.zeros(2), torch.full((2,), 0.58)
+
+    def encode(self, frames: UInt8[Tensor, "*b h w 3"]) -> Float[Tensor, "*b d"]:
+        blue = ((frames[..., 0] < 30) & (frames[..., 2] > 150)).float()
+        middle = (torch.arange(frames.shape[-2]) + 0.5) / frames.shape[-2]
+        total = blue.sum(dim=(-2, -1))
+        return torch.stack(((blue.sum(-2) * middle).sum(-1) / total, (blue.sum(-1) * middle).sum(-1) / total), dim=-1)
+
+    def begin(self, z: Tensor, actions: Tensor) -> State:
+        return State(z[:, -1].clone(), ())
+
+    def step(self, state: State, action: Tensor) -> State:
+        return State(state.z + MAX_SPEED * action, ())
+
+
+def tried(agent: OracleAgent | WorldAgent, dataset: Dataset, seed: int = 0, count: int = 6) -> closed_loop.Outcome:
+    starts = choose_starts(dataset, offset=15, context=2, count=count, seed=1)
+    cache = FrameCache(dataset)
+    return attempt(agent, cache, starts, planner=QUICK, loop=LOOP, context=2, budget=45, seed=seed)
+
+
+def test_the_oracle_reaches_its_goals(dataset: Dataset) -> None:
+    outcome = tried(OracleAgent("two_room", SPACE, LOOP), dataset)
+    assert (outcome.steps > 0).all()
+    assert np.median(outcome.steps) < 30
+    assert (outcome.decision_ms > 0).all()
+
+
+def test_a_world_that_sees_the_place_reaches_most_goals_and_a_blind_one_few(dataset: Dataset) -> None:
+    class Blind(SeesThePlace):
+        def step(self, state: State, action: Tensor) -> State:
+            return state
+
+    seeing, blind = (tried(WorldAgent(world, LOOP), dataset, count=10) for world in (SeesThePlace(), Blind()))
+    assert (seeing.steps > 0).mean() >= 0.7
+    assert (blind.steps > 0).mean() <= (seeing.steps > 0).mean() - 0.4
+
+
+def test_reached_is_told_by_the_true_state(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TOLERANCES["two_room"], "agent", 1e-9)
+    starts = choose_starts(dataset, offset=15, context=2, count=2, seed=1)
+    agent = OracleAgent("two_room", SPACE, LOOP)
+    outcome = attempt(agent, FrameCache(dataset), starts, planner=QUICK, loop=LOOP, context=2, budget=15, seed=0)
+    assert outcome.steps.tolist() == [-1, -1]
+
+
+def test_the_seed_alone_decides_the_loop(dataset: Dataset) -> None:
+    first, again, other = (tried(WorldAgent(SeesThePlace(), LOOP), dataset, seed) for seed in (0, 0, 1))
+    assert np.array_equal(first.steps, again.steps)
+    assert np.array_equal(first.frames, again.frames)
+    assert not np.array_equal(first.frames, other.frames)
+
+
+def test_solved_starts_are_removed_and_counted(dataset: Dataset) -> None:
+    offset, state = 3, {e: dataset.state(e) for e in dataset.split("test")}
+    solved = [
+        (e, t)
+        for e, rows in state.items()
+        for t in range(1, len(rows) - offset)
+        if reached(dataset.spec, rows[t], rows[t + offset])
+    ]
+    assert solved  # three frames are short enough for that
+    possible = sum(len(rows) - offset - 1 for rows in state.values())
+    starts = choose_starts(dataset, offset=offset, context=2, count=possible - len(solved), seed=0)
+    assert starts.num_solved <= len(solved)
+    for episode, start in starts.index.tolist():
+        assert (episode, start) not in solved
+        distance = np.linalg.norm(state[episode][start + offset, :2] - state[episode][start, :2])
+        assert distance > TOLERANCES["two_room"]["agent"]
+    assert len({tuple(row) for row in starts.index.tolist()}) == possible - len(solved)
+    with pytest.raises(WorldlineError, match="solved already"):
+        choose_starts(dataset, offset=offset, context=2, count=possible - len(solved) + 1, seed=0)
+
+
+def test_the_simulator_is_led_to_the_recorded_frame(dataset: Dataset) -> None:
+    episode = dataset.split("test")[0]
+    simulator = simulator_at(dataset, episode, 20)
+    frames = FrameCache(dataset).frames(episode)
+    observation = simulator.step(dataset.actions(episode)[20])
+    assert np.array_equal(observation.frame, frames[21])
+    assert np.array_equal(observation.state, dataset.state(episode)[21])
+
+
+def test_an_episode_that_does_not_repeat_is_refused(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worldline.data.two_room.MAX_SPEED", 0.03)
+    with pytest.raises(WorldlineError, match="does not repeat"):
+        simulator_at(dataset, dataset.split("test")[0], 20)
+
+
+def checkpoint(path: Path, dataset: Dataset, seed: int) -> str:
+    torch.manual_seed(seed)
+    sizes = {"latent_dim": 8, "conv_width": 8, "conv_head": 4, "hidden": 16, "decoder_width": 4, "context": 2 + seed}
+    return str(save_world(path, World(WorldConfig(**sizes), dataset.spec).eval(), training={}))
+
+
+def test_planning_repeats_resumes_and_reports(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def config(out: str) -> PlanConfig:
+        return PlanConfig(
+            checkpoint=checkpoint(tmp_path / f"{out}-a", dataset, 0),
+            compare=checkpoint(tmp_path / f"{out}-b", dataset, 1),
+            data=str(dataset.path),
+            out=str(tmp_path / out),
+            offsets=(8, 15),
+            starts=4,
+            planner_seeds=2,
+            draws=100,
+            loop=LOOP,
+            planner=QUICK,
+            oracle_planner=QUICK,
+        )
+
+    def figures(out: Path) -> str:
+        result = read_json(out / "result.json")
+        for key in ("timing", "provenance", "config"):
+            result.pop(key)
+        return json.dumps(result)
+
+    calls = []
+
+    def interrupted(*arguments: object, **options: object) -> closed_loop.Outcome:
+        calls.append(options["seed"])
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return attempt(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(planning, "attempt", interrupted)
+    first = config("first")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_planning(first)
+    out = evaluate_planning(first)
+    assert len(calls) == 12 + 1  # 3 agents, 2 offsets, 2 seeds; one was interrupted
+    assert figures(evaluate_planning(config("second"))) == figures(out)
+
+    result = read_json(out / "result.json")
+    assert set(result["success"]) == {"world", "compared", "oracle"}
+    assert result["success"]["oracle"]["15"]["value"] > 0.7
+    for offset in ("8", "15"):
+        by_seed = result["success_by_seed"]["world"][offset]
+        assert result["success"]["world"][offset]["value"] == pytest.approx(np.mean(by_seed), abs=1e-3)
+        gap = result["success"]["world"][offset]["value"] - result["success"]["oracle"][offset]["value"]
+        paired = result["differences"]["world minus oracle"][offset]
+        assert paired["value"] == pytest.approx(gap, abs=1e-3)
+        assert paired["low"] <= paired["value"] <= paired["high"]
+    assert result["timing"]["decision_ms"]["world"]["p50"] > 0
+    report = (out / "report.md").read_text()
+    assert "agent within 0.05" in report
+    assert "world minus compared, paired" in report
+    assert (out / "filmstrip.png").stat().st_size > 500
+    assert "reached: world" in capsys.readouterr().out
+
+
+def test_a_world_of_another_name_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    spec = replace(dataset.spec, name="elsewhere")
+    world = World(WorldConfig(latent_dim=8, conv_width=8, conv_head=4, hidden=16, decoder_width=4), spec).eval()
+    with pytest.raises(WorldlineError, match="its own world"):
+        evaluate_planning(
+            PlanConfig(checkpoint=str(save_world(tmp_path / "w", world, training={})), data=str(dataset.path))
+        )
