@@ -24,7 +24,7 @@ def test_a_variant_that_fails_stops_the_comparison(tmp_path: Path, monkeypatch: 
 def test_the_report_divides_by_each_variants_own_minutes() -> None:
     def evaluation(value: float, r: list[float | None]) -> dict:
         curves = {"r": r}
-        return {"verdict": {"valid": value > 0, "hri": {"10": {"value": value}}}, "factors": {"agent": curves}}
+        return {"verdict": {"valid": value > 0, "hri": {"1": None, "10": {"value": value}}}, "factors": {"agent": curves}}
 
     rows = [
         _row("base", "", 2.0, evaluation(0.5, [0.97, *[0.5] * 9, 0.9])),
@@ -39,5 +39,5 @@ def test_the_report_divides_by_each_variants_own_minutes() -> None:
             "provenance": {"commit": "c", "command": "x", "machine": {"processor": "p", "cores": 2}},
         }
     )
-    assert "| base |  | 2.0 | 0.50 | 0.250 | 0.97, 0.90 |" in text
-    assert "| wide (invalid) | `model.hidden=768` | 4.0 | 0.00 | 0.000 | 0.97, n/a |" in text
+    assert "| base |  | 2.0 | n/a | 0.50 | 0.250 | 0.97, 0.50, 0.90 |" in text
+    assert "| wide (invalid) | `model.hidden=768` | 4.0 | n/a | 0.00 | 0.000 | 0.97, n/a, n/a |" in text

@@ -95,7 +95,8 @@ def _row(name: str, options: str, minutes: float, result: dict[str, Any]) -> dic
         "name": name,
         "options": options,
         "valid": verdict["valid"],
-        "hri": {horizon: interval["value"] for horizon, interval in verdict["hri"].items()},
+        # None where no factor is scored up to that step
+        "hri": {horizon: interval and interval["value"] for horizon, interval in verdict["hri"].items()},
         "factors": {factor: {"r": curves["r"]} for factor, curves in factors.items()},
     }
     return {"name": name, "cpu_minutes": minutes, "figures": figures}
@@ -119,11 +120,12 @@ def _report(result: dict[str, Any]) -> str:
     for row in result["variants"]:
         hri = [row["hri"][h] for h in horizons]
         cells = [row["name"], f"`{row['options']}`" if row["options"] else "", f"{minutes[row['name']]:.1f}"]
-        cells += [*(f"{value:.2f}" for value in hri), f"{hri[-1] / minutes[row['name']]:.3f}"]
+        each = None if hri[-1] is None else hri[-1] / minutes[row["name"]]
+        cells += [*(_shown(value) for value in hri), _shown(each, 3)]
         for factor in factors:
             curve = row["factors"][factor]
             at = [curve["r"][h] for h in (0, *map(int, horizons))]
-            cells.append(", ".join("n/a" if value is None else f"{value:.2f}" for value in at))
+            cells.append(", ".join(_shown(value) for value in at))
         if not row["valid"]:
             cells[0] += " (invalid)"
         lines.append("| " + " | ".join(cells) + " |")
@@ -136,3 +138,7 @@ def _report(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _shown(value: float | None, digits: int = 2) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"

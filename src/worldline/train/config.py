@@ -125,14 +125,18 @@ class StageConfig:
 
 
 def _joint() -> StageConfig:
-    """The encoder keeps what the picture shows, noisy latents and all, and tells the actions; prediction hardly shapes
-    it."""
+    """The encoder keeps what the picture shows, features and pixels, noisy latents and all, and tells the actions;
+    prediction hardly shapes it."""
     return StageConfig(
         steps=9000,
         batch=24,
         rollout=4,
         target_stride=4,
         sigreg=0.02,
+        grounding=100.0,
+        pixel_frames=48,
+        foreground=20.0,
+        motion=40.0,
         features=25.0,
         loose_frames=96,
         latent_noise=0.1,
@@ -148,7 +152,7 @@ def _joint() -> StageConfig:
 def _frozen() -> StageConfig:
     """The predictor learns from its own long rollouts, the decoder to draw what the encoder keeps."""
     return StageConfig(
-        steps=2500,
+        steps=4000,
         batch=96,
         rollout=100,
         rollout_start=16,
