@@ -24,7 +24,8 @@ def test_a_variant_that_fails_stops_the_comparison(tmp_path: Path, monkeypatch: 
 def test_the_report_divides_by_each_variants_own_minutes() -> None:
     def evaluation(value: float, r: list[float | None]) -> dict:
         curves = {"r": r}
-        return {"verdict": {"valid": value > 0, "hri": {"1": None, "10": {"value": value}}}, "factors": {"agent": curves}}
+        verdict = {"valid": value > 0, "hri": {"1": None, "10": {"value": value}}}
+        return {"verdict": verdict, "factors": {"agent": curves}}
 
     rows = [
         _row("base", "", 2.0, evaluation(0.5, [0.97, *[0.5] * 9, 0.9])),
