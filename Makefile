@@ -54,10 +54,12 @@ $(VENV)/.torch: constraints.txt
 
 $(RUN_STAMP): $(VENV)/.torch pyproject.toml
 	$(PIP) --editable '.[envs]'
+	$(PIP) --no-deps vizdoom  # its pygame-ce would overwrite the pygame of gym-pusht
 	@touch $@
 
 $(DEV_STAMP): $(VENV)/.torch pyproject.toml
 	$(PIP) --editable '.[envs,dev]'
+	$(PIP) --no-deps vizdoom
 	@touch $@ $(RUN_STAMP)
 
 clean:

@@ -42,6 +42,8 @@ def examine(port: int) -> list[Check]:
         _video,
         _two_room,
         _pusht,
+        _control_suite,
+        _vizdoom,
         _worlds,
         _disk,
         _memory,
@@ -173,17 +175,35 @@ def _two_room() -> Check:
 
 
 def _pusht() -> Check:
-    from worldline.data.pusht import SYSTEM_PACKAGES
+    use = "its shipped world plays all the same, without the true one beside it"
+    return _simulator("pusht", "gym_pusht", ("gym-pusht",), use, _pip(*_needed("gym-pusht", "pymunk", extra="envs")))
+
+
+def _control_suite() -> Check:
+    use = "point_mass needs the same"
+    install = _pip(*_needed("dm_control", "mujoco", extra="envs"))
+    return _simulator("reacher", "dm_control", ("dm_control", "mujoco"), use, install)
+
+
+def _vizdoom() -> Check:
+    from worldline.data.vizdoom import REQUIREMENT
+
+    # without its requirements: one of them would overwrite a package of PushT
+    return _simulator("vizdoom", "vizdoom", ("vizdoom",), "only that world is closed", _pip("--no-deps", REQUIREMENT))
+
+
+def _simulator(name: str, package: str, distributions: tuple[str, ...], use: str, install: str) -> Check:
+    """Make a simulator and look at its first picture; `use` says what is lost without it."""
     from worldline.data.simulators import make_simulator
 
     try:
-        shape = make_simulator("pusht").reset(0).frame.shape
+        shape = make_simulator(name).reset(0).frame.shape
     except WorldlineError as error:
-        reason = str(error).split("; run:")[0]
-        finding = f"{reason}; its shipped world plays all the same, without the true one beside it"
-        remedy = SYSTEM_PACKAGES if find_spec("gym_pusht") else _pip(*_needed(extra="envs"))
-        return Check(name="pusht", state="missing", finding=finding, remedy=remedy)
-    return Check(name="pusht", state="ok", finding=f"gym-pusht {version('gym-pusht')}, pictures {shape[0]}x{shape[1]}")
+        reason, _, remedy = str(error).partition("; run: ")
+        remedy = remedy if find_spec(package) else install
+        return Check(name=name, state="missing", finding=f"{reason}; {use}", remedy=remedy)
+    versions = ", ".join(f"{package} {version(package)}" for package in distributions)
+    return Check(name=name, state="ok", finding=f"{versions}, pictures {shape[0]}x{shape[1]}")
 
 
 def _worlds() -> Check:

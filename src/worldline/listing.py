@@ -16,7 +16,12 @@ from worldline.core.files import read_json
 from worldline.data.simulators import NAMES
 
 PACKAGE = Path(__file__).parent
-_SIMULATOR_PACKAGE = {"pusht": "gym_pusht"}
+_SIMULATOR_PACKAGE = {
+    "pusht": "gym_pusht",
+    "reacher": "dm_control",
+    "point_mass": "dm_control",
+    "vizdoom": "vizdoom",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_simulators import world_or_skip
 
 from worldline.core.errors import WorldlineError
+from worldline.core.seeding import seed_for
 from worldline.data import collect as module
 from worldline.data.collect import CollectConfig, collect
 from worldline.data.lerobot import open_dataset
+from worldline.data.simulators import NAMES
 
 
 def config(path: Path, **changes: object) -> CollectConfig:
@@ -36,22 +39,21 @@ def test_a_collection_is_a_dataset_of_its_world(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_actions_lead_from_each_frame_to_the_next(tmp_path: Path) -> None:
+@pytest.mark.parametrize("env", NAMES)
+def test_actions_lead_from_each_frame_to_the_next(tmp_path: Path, env: str) -> None:
     """Playing the recorded actions again, from the recorded seed, gives the recorded frames and states."""
-    from worldline.core.seeding import seed_for
-    from worldline.data.two_room import TwoRoom
-
-    episode = open_dataset(collect(config(tmp_path / "a"))).read_episode(4)
-    world = TwoRoom()
-    observation = world.reset(seed_for(seed_for("two_room", 3, "episode", 4), "reset"))
+    world = world_or_skip(env)
+    episode = open_dataset(collect(config(tmp_path / "a", env=env))).read_episode(4)
+    observation = world.reset(seed_for(seed_for(env, 3, "episode", 4), "reset"))
     for frame, state, action in zip(episode.frames, episode.state, episode.actions, strict=True):
         assert np.array_equal(observation.frame, frame)
         assert np.array_equal(observation.state, state)
         observation = world.step(action)
 
 
-@pytest.mark.parametrize("env", ["two_room", "pusht"])
+@pytest.mark.parametrize("env", NAMES)
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, env: str) -> None:
+    world_or_skip(env)
     one, two = (collect(config(tmp_path / str(n), env=env, workers=n, steps=12)) for n in (1, 2))
     assert files(one) == files(two)
     other = collect(config(tmp_path / "other", env=env, steps=12, seed=4))

@@ -1,6 +1,7 @@
 """The simulators: the same seed and actions give the same bits, whoever asks; two_room's geometry holds."""
 
 import hashlib
+import pickle
 import subprocess
 import sys
 
@@ -8,8 +9,27 @@ import numpy as np
 import pytest
 
 from worldline.core.errors import WorldlineError
-from worldline.data.simulators import NAMES, make_simulator
+from worldline.data.simulators import NAMES, Simulator, make_simulator
 from worldline.data.two_room import BORDER, DOOR_HALF, MAX_SPEED, RADIUS, WALL, TwoRoom
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def world(request: pytest.FixtureRequest) -> Simulator:
+    return world_or_skip(request.param)
+
+
+def world_or_skip(name: str) -> Simulator:
+    """Make a simulator; where its package or a library is missing, skip and say how to get it."""
+    try:
+        return make_simulator(name)
+    except WorldlineError as error:
+        pytest.skip(str(error))
+
+
+def random_actions(world: Simulator, count: int, seed: int = 0) -> np.ndarray:
+    spec = world.spec
+    draw = np.random.default_rng(seed).uniform(spec.action_low, spec.action_high, (count, spec.action_dim))
+    return draw.astype(np.float32)
 
 
 def digest(name: str, seed: int, steps: int) -> str:
@@ -24,8 +44,8 @@ def digest(name: str, seed: int, steps: int) -> str:
     return content.hexdigest()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_fresh_process_sees_the_same_bits(name: str) -> None:
+def test_a_fresh_process_sees_the_same_bits(world: Simulator) -> None:
+    name = world.spec.name
     code = f"import sys; sys.path.insert(0, {str(__file__).rsplit('/', 1)[0]!r}); "
     code += f"from test_simulators import digest; print(digest({name!r}, 3, 40))"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]
@@ -33,37 +53,73 @@ def test_a_fresh_process_sees_the_same_bits(name: str) -> None:
     assert digest(name, 4, 40) != there
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_was_played_before_does_not_matter(name: str) -> None:
-    used, fresh = make_simulator(name), make_simulator(name)
-    used.reset(8)
-    low, high = np.array(used.spec.action_low), np.array(used.spec.action_high)
-    for _ in range(20):
-        used.step(np.random.default_rng(0).uniform(low, high).astype(np.float32))
-    for simulator in (used, fresh):
+def test_what_was_played_before_does_not_matter(world: Simulator) -> None:
+    fresh = make_simulator(world.spec.name)
+    world.reset(8)
+    for action in random_actions(world, 20):
+        world.step(action)
+    for simulator in (world, fresh):
         simulator.reset(9)
-    for step in range(20):
-        action = np.random.default_rng(step).uniform(low, high).astype(np.float32)
-        one, other = used.step(action), fresh.step(action)
+    for action in random_actions(world, 20, seed=1):
+        one, other = world.step(action), fresh.step(action)
         assert np.array_equal(one.frame, other.frame)
         assert np.array_equal(one.state, other.state)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_observations_match_the_spec(name: str) -> None:
-    simulator = make_simulator(name)
-    observation = simulator.reset(0)
-    size = simulator.spec.image_size
+def test_twins_of_a_moment_are_equal_to_the_bit_and_to_the_way_on_without_a_pause(world: Simulator) -> None:
+    world.reset(5)
+    policy, observation = world.policy(5), world.reset(5)
+    for _ in range(60):
+        observation = world.step(policy(observation))
+    moment = pickle.loads(pickle.dumps(world.save()))
+    actions = random_actions(world, 100)
+    futures = [[world.step(action) for action in actions]]
+    other = make_simulator(world.spec.name)
+    for twin in (world, other):
+        twin.reset(6)
+        twin.step(actions[0])
+        again = twin.load(moment)
+        assert np.array_equal(again.frame, observation.frame)
+        assert np.array_equal(again.state, observation.state)
+        futures.append([twin.step(action) for action in actions])
+    for seen in zip(*futures, strict=True):
+        assert all(np.array_equal(seen[0].frame, twin.frame) for twin in seen[1:])
+        assert all(np.array_equal(seen[0].state, twin.state) for twin in seen[1:])
+    world.load(moment)
+    apart = [world.step(action) for action in -actions]
+    assert not np.array_equal(apart[-1].state, futures[0][-1].state)
+
+
+def test_observations_match_the_spec(world: Simulator) -> None:
+    observation = world.reset(0)
+    size = world.spec.image_size
     assert observation.frame.shape == (size, size, 3)
     assert observation.frame.dtype == np.uint8
-    assert observation.state.shape == (simulator.spec.state_dim,)
+    assert observation.state.shape == (world.spec.state_dim,)
     assert observation.state.dtype == np.float32
-    columns = [column for factor in simulator.spec.factors for column in factor.columns]
-    assert max(columns) < simulator.spec.state_dim
+    columns = [column for factor in world.spec.factors for column in factor.columns]
+    assert max(columns) < world.spec.state_dim
+
+
+def test_actions_beyond_the_range_are_clipped_to_it(world: Simulator) -> None:
+    high = np.array(world.spec.action_high, np.float32)
+    ends = []
+    for action in (high, high * 3):
+        world.reset(1)
+        ends.append([world.step(action) for _ in range(5)][-1])
+    assert np.array_equal(ends[0].state, ends[1].state)
+
+
+def test_larger_pictures_show_the_same(world: Simulator) -> None:
+    large = make_simulator(world.spec.name, 128)
+    one, other = world.reset(4).frame, large.reset(4).frame
+    assert other.shape == (128, 128, 3)
+    averaged = other.reshape(64, 2, 64, 2, 3).mean((1, 3))
+    assert np.abs(averaged - one).mean() < 4.0
 
 
 def test_an_unknown_simulator_is_named() -> None:
-    with pytest.raises(WorldlineError, match="no simulator called 'three_room'; there are two_room, pusht"):
+    with pytest.raises(WorldlineError, match="no simulator called 'three_room'; there are two_room, pusht, reacher"):
         make_simulator("three_room")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from worldline.core.files import write_json
 
-_PACKAGES = ("worldline", "torch", "numpy", "pyarrow", "av", "gym-pusht", "pymunk")
+_PACKAGES = ("worldline", "torch", "numpy", "pyarrow", "av", "gym-pusht", "pymunk", "dm_control", "mujoco", "vizdoom")
 
 
 def provenance() -> dict[str, Any]:

@@ -58,15 +58,30 @@ class PushT:
         self.spec = replace(self.spec, image_size=self._size)
         self._env: Any = package.PushTEnv(obs_type="state")
         self._env.control_hz = round(1 / self.spec.step_seconds)
+        self._seed = 0
+        self._done: list[Float32[np.ndarray, " 2"]] = []
 
     def reset(self, seed: int) -> Observation:
-        self._env.reset(seed=seed % 2**32)
-        return self._observe()
+        return self.load((seed, np.zeros((0, 2), np.float32)))
 
     def step(self, action: Float32[np.ndarray, " a"]) -> Observation:
-        target = np.clip(np.asarray(action, dtype=np.float64), 0.0, TABLE)
-        self._env.step(target)
+        self._advance(action)
         return self._observe()
+
+    def save(self) -> tuple[int, Float32[np.ndarray, "t 2"]]:
+        return self._seed, np.array(self._done, np.float32).reshape(-1, 2)
+
+    def load(self, moment: tuple[int, Float32[np.ndarray, "t 2"]]) -> Observation:
+        self._seed, actions = moment
+        self._done = []
+        self._env.reset(seed=self._seed % 2**32)
+        for action in actions:
+            self._advance(action)
+        return self._observe()
+
+    def _advance(self, action: Float32[np.ndarray, " a"]) -> None:
+        self._done.append(np.array(action, np.float32))
+        self._env.step(np.clip(np.asarray(action, dtype=np.float64), 0.0, TABLE))
 
     def policy(self, seed: int) -> Policy:
         return _Pusher(self._env, seed)

@@ -78,6 +78,14 @@ class TwoRoom:
     def policy(self, seed: int) -> Policy:
         return _Wanderer(seed)
 
+    def save(self) -> tuple[float, ...]:
+        return self._x, self._y, self._vx, self._vy, self._door
+
+    def load(self, moment: tuple[float, ...]) -> Observation:
+        self._x, self._y, self._vx, self._vy, self._door = moment
+        self._background = self._draw_rooms()
+        return self._observe()
+
     def _collide(self) -> None:
         """Push the disc out of whatever it entered, and take away the velocity that led into it."""
         for top, bottom in ((-1.0, self._door - DOOR_HALF), (self._door + DOOR_HALF, 2.0)):
