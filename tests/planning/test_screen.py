@@ -43,19 +43,23 @@ def begun(world: World, count: int) -> tuple[State, Tensor]:
     return state, torch.randn(count, 24, generator=generator)
 
 
-def test_rough_rollouts_are_near_and_nearer_the_narrower(world: World) -> None:
+@pytest.mark.parametrize("fold", [False, True])
+def test_rough_rollouts_are_near_and_nearer_the_narrower(world: World, fold: bool) -> None:
     state, _ = begun(world, 1)
-    screen, errors = Screen(world), []
+    screen, errors, kept = Screen(world), [], []
+    z, h = state.z[0], state.memory[0][0]
     for width in (512.0, 51.2, 5.12):
         actions = 256.0 + width * (torch.rand(100, 6, 2, generator=torch.Generator().manual_seed(2)) - 0.5)
         with torch.no_grad():
-            reference = screen.reference(state.z[0], state.memory[0][0], actions.mean(dim=0))
-            rough = screen.rollout(state.z[0], state.memory[0][0], actions, reference)
+            reference, own = screen.reference(z, h, actions, fold)
+            rough = screen.rollout(z, h, actions, reference)
             exact = world.rollout(State(state.z.expand(100, -1), (state.memory[0].expand(100, -1),)), actions)
         assert exact.std(dim=0).mean() > 0  # the actions matter
-        errors.append(float((rough - exact).abs().max()))
+        errors.append(float(torch.maximum((rough - exact).abs(), (own - exact).abs()).max()))
+        kept.append(sum(len(step.embed[1]) for step in reference))
     assert errors[0] < 0.05
     assert errors[2] < 0.2 * errors[0]
+    assert kept[2] < 0.5 * kept[0] if fold else kept[2] == kept[0]
 
 
 @pytest.mark.parametrize("over", ["last", "mean"])

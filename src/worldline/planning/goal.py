@@ -13,14 +13,16 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from worldline.model.world import State, World
-from worldline.planning.screen import Reference, Screen
+from worldline.planning.screen import Screen, Step
 
 Over = Literal["mean", "last"]
 
-_CONTENDERS = 16
-"""Candidates around the last elite that are always imagined exactly."""
-_SAFETY = 6.0
-"""Candidates farther from the last elite than this many times the largest error seen are taken as decided."""
+_CONTENDERS = 8
+"""Candidates around the border between elites and others that are imagined exactly at least."""
+_SAFETY = 5.0
+"""Candidates farther from the border than this many times the error seen there (root mean square) count as decided."""
+_RENEWED = (2, 5, 11)
+"""Rounds of a search after which the screen's reference is made anew, since a search narrows most at its beginning."""
 
 
 class GoalCost:
@@ -47,7 +49,8 @@ class GoalCost:
         self._world, self._state, self._goal = world, state, goal
         self._hold, self._matrix, self._over = hold, matrix, over
         self._screen = screen
-        self._references: list[list[Reference] | None] = [None] * len(goal)
+        self._references: list[list[Step] | None] = [None] * len(goal)
+        self._errors, self._rounds = [0.0] * len(goal), [0] * len(goal)
 
     def __call__(self, actions: Float[Tensor, "p n t a"]) -> Float[Tensor, "p n"]:
         # one problem at a time: hundreds of rows fill a processor, and the bits are those of each problem alone
@@ -62,19 +65,18 @@ class GoalCost:
         if self._screen is None or n < 4 * _CONTENDERS or k == n:
             return torch.topk(_defined(self._exact(problem, actions)), k, largest=False).indices
         costs = _defined(self._rough(problem, actions))
-        border = torch.kthvalue(costs, k).values
-        nearest = torch.argsort((costs - border).abs())
-        known, error = 0, 0.0
-        exact = costs.clone()
-        wanted = _CONTENDERS
-        while known < wanted:
+        away = (costs - torch.kthvalue(costs, k).values).abs()
+        nearest, exact = torch.argsort(away), costs.clone()
+        known, error = 0, self._errors[problem]  # to begin with, the last iteration's
+        while known < (wanted := max(_CONTENDERS, int((away <= _SAFETY * error).sum()))):
             asked = nearest[known:wanted]
             exact[asked] = _defined(self._exact(problem, actions[asked]))
-            seen = nearest[:wanted]
-            error = float(torch.nan_to_num((exact[seen] - costs[seen]).abs(), nan=torch.inf).max())
-            known, wanted = wanted, int(((costs - border).abs() <= _SAFETY * error).sum())
-        if known > n // 4:
-            self._references[problem] = None  # the search has moved away from it
+            known = wanted
+            error = float(torch.nan_to_num((exact - costs)[nearest[:known]], nan=torch.inf).square().mean().sqrt())
+        self._errors[problem] = error
+        self._rounds[problem] += 1
+        if self._rounds[problem] in _RENEWED or known > 4 * _CONTENDERS:
+            self._references[problem] = None  # the search has narrowed or moved away from it
         return torch.topk(exact, k, largest=False).indices
 
     def _exact(self, problem: int, actions: Float[Tensor, "n t a"]) -> Float[Tensor, " n"]:
@@ -89,8 +91,10 @@ class GoalCost:
         held = actions.repeat_interleave(self._hold, dim=1)
         reference = self._references[problem]
         if reference is None:
-            reference = self._references[problem] = self._screen.reference(z, h, held.mean(dim=0))
-        return self._distance(problem, self._screen.rollout(z, h, held, reference))
+            self._references[problem], imagined = self._screen.reference(z, h, held, fold=self._rounds[problem] > 0)
+        else:
+            imagined = self._screen.rollout(z, h, held, reference)
+        return self._distance(problem, imagined)
 
     def _distance(self, problem: int, imagined: Float[Tensor, "n t d"]) -> Float[Tensor, " n"]:
         if self._over == "last":
