@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
 
 from worldline.core.errors import WorldlineError
 from worldline.data.goals import TOLERANCES, goal_distance, reached
-from worldline.data.simulators import make_simulator
+from worldline.data.simulators import _WORLDS, NAMES, make_simulator
 from worldline.data.two_room import TwoRoom
-from worldline.planning.oracle import OracleCost, futures_of
+from worldline.planning.oracle import OracleCost, any_futures, futures_of, two_room_futures
 from worldline.planning.planners import PlannerConfig, Space, plan
 
 
@@ -34,6 +36,25 @@ def test_two_room_branches_equal_the_simulator_bit_for_bit() -> None:
         again = futures(simulator, actions)  # the simulator stayed where it was
         assert np.array_equal(states, again)
     assert blocked >= 2  # walls took part
+
+
+def test_any_simulator_is_branched_by_save_and_load() -> None:
+    simulator = make_simulator("two_room")
+    simulator.reset(2)
+    actions = np.random.default_rng(1).uniform(-1, 1, (3, 7, 2)).astype(np.float32)
+    before = simulator.save()
+    states = any_futures(simulator, actions)
+    assert simulator.save() == before
+    assert np.array_equal(states, two_room_futures(simulator, actions).astype(np.float32))
+    assert (states[0] != states[1]).any()
+
+
+def test_every_simulator_has_a_criterion_for_every_factor() -> None:
+    assert set(TOLERANCES) == set(NAMES)
+    for name in NAMES:
+        module, kind = _WORLDS[name].split(":")
+        spec = getattr(import_module(f"worldline.data.{module}"), kind).spec
+        assert set(TOLERANCES[name]) == {factor.name for factor in spec.factors}
 
 
 def test_pusht_branches_equal_the_simulator_nearly() -> None:
@@ -85,11 +106,9 @@ def test_pushts_criterion_is_20_units_and_20_degrees() -> None:
     assert not reached(PushT.spec, state(221.0, 350.0), goal)
 
 
-def test_a_world_without_criterion_or_branches_is_refused() -> None:
+def test_a_world_without_criterion_is_refused() -> None:
     from dataclasses import replace
 
     spec = replace(TwoRoom.spec, name="elsewhere")
     with pytest.raises(WorldlineError, match="criterion"):
         goal_distance(spec, np.zeros(5), np.zeros(5))
-    with pytest.raises(WorldlineError, match="elsewhere"):
-        futures_of("elsewhere")

@@ -10,10 +10,18 @@ from jaxtyping import Bool, Float
 from worldline.core.errors import WorldlineError
 from worldline.core.types import WorldSpec
 
+
+def _chord(degrees: float) -> float:
+    """Return how far apart on the unit circle, as sine and cosine hold them, two such angles are."""
+    return 2 * math.sin(math.radians(degrees) / 2)
+
+
 TOLERANCES: dict[str, dict[str, float]] = {
     "two_room": {"agent": 0.05},
-    # places in table units of 512, the angle as a chord of the unit circle: 20 degrees
-    "pusht": {"agent": 20.0, "block_position": 20.0, "block_angle": 2 * math.sin(math.radians(20.0) / 2)},
+    "pusht": {"agent": 20.0, "block_position": 20.0, "block_angle": _chord(20.0)},  # the table is 512 wide
+    "reacher": {"shoulder": _chord(10.0), "wrist": _chord(10.0), "target": 0.01},  # the target never moves
+    "point_mass": {"mass": 0.02},  # in a box of 0.6
+    "vizdoom": {"position": 32.0, "angle": _chord(20.0)},  # a room is 160 wide
 }
 """By world and factor: the goal is reached when no factor's error vector is longer than this, in the state's units."""
 

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
-from worldline.core.errors import WorldlineError
 from worldline.core.types import WorldSpec
 from worldline.data import two_room
 from worldline.data.goals import goal_distance
@@ -61,15 +60,19 @@ class OracleCost:
 
 
 def futures_of(name: str) -> Futures:
-    """Return what branches the simulator called `name`.
+    """Return what branches the simulator called `name`: fast for two_room and PushT, by save and load for others."""
+    special: dict[str, Callable[[], Futures]] = {"two_room": lambda: two_room_futures, "pusht": PushTFutures}
+    return special[name]() if name in special else any_futures
 
-    Raises:
-        WorldlineError: nothing does yet.
-    """
-    known: dict[str, Callable[[], Futures]] = {"two_room": lambda: two_room_futures, "pusht": PushTFutures}
-    if name not in known:
-        raise WorldlineError(f"the oracle planner branches {' and '.join(known)}, got {name!r}; plan without it")
-    return known[name]()
+
+def any_futures(simulator: Simulator, actions: Float32[np.ndarray, "n t a"]) -> Float32[np.ndarray, "n t s"]:
+    """Step the simulator itself through every candidate and bring it back: exact, and slow, since it draws."""
+    moment, states = simulator.save(), []
+    for sequence in actions:
+        simulator.load(moment)
+        states.append([simulator.step(action).state for action in sequence])
+    simulator.load(moment)
+    return np.array(states)
 
 
 def two_room_futures(
@@ -77,7 +80,7 @@ def two_room_futures(
 ) -> Float64[np.ndarray, "n t s"]:
     """Move all candidates at once: the simulator's own arithmetic, operation by operation, on arrays."""
     n, steps, _ = actions.shape
-    x, y, vx, vy, door = (np.full(n, value) for value in _two_room_moment(simulator))
+    x, y, vx, vy, door = (np.full(n, value) for value in simulator.save())
     low, high = two_room.BORDER + two_room.RADIUS, 1.0 - two_room.BORDER - two_room.RADIUS
     push = np.clip(actions.astype(np.float64), -1.0, 1.0)
     states = np.empty((n, steps, 5))
@@ -104,10 +107,6 @@ def two_room_futures(
         x, y = inside_x, inside_y
         states[:, step] = np.stack([x, y, vx, vy, door], axis=-1)
     return states
-
-
-def _two_room_moment(simulator: two_room.TwoRoom) -> tuple[float, ...]:
-    return simulator._x, simulator._y, simulator._vx, simulator._vy, simulator._door
 
 
 class PushTFutures:
