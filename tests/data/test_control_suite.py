@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_simulators import world_or_skip
 
-from worldline.data.simulators import Observation, Simulator, make_simulator
+from worldline.data.simulators import Observation, Simulator
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +152,13 @@ def test_a_renderer_that_is_missing_is_one_line_and_a_choice_is_kept(tmp_path: P
 
 
 def test_making_a_world_leaves_the_environment_as_it_was(reacher: Simulator) -> None:
-    before = dict(os.environ)
-    make_simulator("point_mass")
-    assert dict(os.environ) == before
+    code = (
+        "import os; os.environ.pop('MUJOCO_GL', None); before = dict(os.environ)\n"
+        "from worldline.data.simulators import make_simulator\n"
+        "world = make_simulator('point_mass'); world.reset(0); print(dict(os.environ) == before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == ("True", "")
 
 
 def test_a_world_made_in_one_thread_is_played_in_another(point_mass: Simulator) -> None:

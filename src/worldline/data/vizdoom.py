@@ -39,7 +39,7 @@ _ENGINE = """#!/bin/sh
 cd "{folder}" || exit 1
 "{package}/vizdoom" "$@" &
 engine=$!
-(read -r _ < alive; rm -rf "/dev/shm/ViZDoom"*"$(cat instance)" "{folder}"; kill -9 $engine) &
+(read -r _ < "{folder}/alive"; rm -rf "/dev/shm/ViZDoom"*"$(cat "{folder}/instance")" "{folder}"; kill -9 $engine) &
 wait $engine
 kill $!
 """
