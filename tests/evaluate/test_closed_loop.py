@@ -82,6 +82,22 @@ def test_a_world_that_sees_the_place_reaches_most_goals_and_a_blind_one_few(data
     assert (blind.steps > 0).mean() <= (seeing.steps > 0).mean() - 0.4
 
 
+def test_what_is_seen_replaces_what_was_imagined(dataset: Dataset) -> None:
+    class Lost(SeesThePlace):
+        def step(self, state: State, action: Tensor) -> State:
+            return State(state.z + 9.0, ())
+
+    world, starts = Lost(), choose_starts(dataset, offset=15, context=2, count=3, seed=1)
+    agent, simulators = WorldAgent(world, LOOP), [simulator_at(dataset, e, t) for e, t in starts.index.tolist()]
+    agent.begin(closed_loop.problems_at(FrameCache(dataset), starts, 2), simulators)
+    before = agent._state.z.clone()
+    seen = [simulators[row].step(np.ones(2, np.float32)) for row in (0, 2)]
+    agent.observe([0, 2], np.ones((2, 2), np.float32), seen)
+    assert torch.equal(agent._state.z[1], before[1])
+    for row, observation in zip((0, 2), seen, strict=True):
+        assert torch.equal(agent._state.z[row], world.encode(torch.from_numpy(observation.frame)))
+
+
 def test_reached_is_told_by_the_true_state(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TOLERANCES["two_room"], "agent", 1e-9)
     starts = choose_starts(dataset, offset=15, context=2, count=2, seed=1)

@@ -33,8 +33,7 @@ def test_two_room_branches_equal_the_simulator_bit_for_bit() -> None:
         ahead = np.stack([other.step(action).state for action in actions[seed]])
         assert np.array_equal(states[seed].astype(np.float32), ahead)
         blocked += int((ahead[1:, 2:4] == 0).any())
-        again = futures(simulator, actions)  # the simulator stayed where it was
-        assert np.array_equal(states, again)
+        assert np.array_equal(any_futures(simulator, actions), states.astype(np.float32))  # it stayed where it was
     assert blocked >= 2  # walls took part
 
 
