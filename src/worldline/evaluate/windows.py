@@ -13,6 +13,7 @@ from worldline.core.seeding import rng_for
 from worldline.data.cache import FrameCache
 from worldline.data.lerobot import Dataset
 from worldline.evaluate.drift import RealFrames, Rollouts
+from worldline.model.foreign import AnyWorld, context_frames, frame_skip
 from worldline.model.world import World
 
 MIN_WINDOWS = 200
@@ -61,7 +62,7 @@ def choose_windows(dataset: Dataset, *, context: int, horizon: int, count: int) 
     return Windows(index=np.array(sorted(index)), context=context, horizon=horizon)
 
 
-def encode_frames(world: World, frames: UInt8[np.ndarray, "m h w 3"]) -> Float32[np.ndarray, "m d"]:
+def encode_frames(world: AnyWorld, frames: UInt8[np.ndarray, "m h w 3"]) -> Float32[np.ndarray, "m d"]:
     """Encode frames in batches."""
     with torch.inference_mode():
         parts = [world.encode(torch.from_numpy(frames[i : i + _BATCH].copy())) for i in range(0, len(frames), _BATCH)]
@@ -69,7 +70,7 @@ def encode_frames(world: World, frames: UInt8[np.ndarray, "m h w 3"]) -> Float32
     return latents
 
 
-def encode_split(world: World, cache: FrameCache, split: str, at_most: int, seed: int) -> RealFrames:
+def encode_split(world: AnyWorld, cache: FrameCache, split: str, at_most: int, seed: int) -> RealFrames:
     """Encode at most `at_most` frames of a split, drawn evenly over all its frames."""
     dataset = cache.dataset
     pairs = np.array([(e, t) for e in dataset.split(split) for t in range(dataset.lengths[e])])
@@ -102,13 +103,18 @@ def window_states(dataset: Dataset, windows: Windows) -> Float32[np.ndarray, "n 
     return np.stack([states_of(dataset, e)[t : t + windows.horizon + 1] for e, t in windows.index.tolist()])
 
 
+def training_actions(dataset: Dataset) -> Float32[np.ndarray, "m a"]:
+    """Return the actions of all training episodes."""
+    return np.concatenate([dataset.actions(e) for e in dataset.split("train")])
+
+
 def window_actions(dataset: Dataset, windows: Windows) -> Float32[np.ndarray, "n t a"]:
     """Return the recorded actions that lead from h = 0 to h = T."""
     return np.stack([dataset.actions(e)[t : t + windows.horizon] for e, t in windows.index.tolist()])
 
 
 def encode_windows(
-    world: World, cache: FrameCache, windows: Windows
+    world: AnyWorld, cache: FrameCache, windows: Windows
 ) -> tuple[Float32[np.ndarray, "n c d"], Float32[np.ndarray, "n t1 d"]]:
     """Return latents of the context and of h = 0 ... T; each frame is encoded once, however many windows share it."""
     before, after = windows.context - 1, windows.horizon + 1
@@ -124,20 +130,23 @@ def encode_windows(
 
 @torch.inference_mode()
 def imagine(
-    world: World,
+    world: AnyWorld,
     context: Float32[np.ndarray, "n c d"],
     past: Float32[np.ndarray, "n c1 a"],
     actions: Float32[np.ndarray, "n t a"],
 ) -> Float32[np.ndarray, "n t1 d"]:
-    """Roll out open loop from the last `world.config.context` real latents; row 0 is the last of them."""
-    kept = world.config.context
-    z, before = (
-        torch.from_numpy(context[:, -kept:].copy()),
-        torch.from_numpy(past[:, past.shape[1] - kept + 1 :].copy()),
-    )
-    state = world.begin(z, before)
-    rolled: np.ndarray = torch.cat([z[:, -1:], world.rollout(state, torch.from_numpy(actions))], dim=1).numpy()
-    return rolled
+    """Roll out open loop from the last `world.config.context` real latents; row 0 is the last of them.
+
+    A world with a frame skip of k takes every k-th latent and k actions at once. What it imagined last is held in
+    between, where nobody is scored.
+    """
+    skip, kept = frame_skip(world), context_frames(world)
+    steps, (n, _, a) = actions.shape[1], actions.shape
+    z = torch.from_numpy(context[:, context.shape[1] - kept :: skip].copy())
+    before = torch.from_numpy(past[:, past.shape[1] - kept + 1 :].reshape(n, -1, skip * a))
+    after = torch.from_numpy(actions[:, : steps // skip * skip].reshape(n, -1, skip * a))
+    rolled: np.ndarray = torch.cat([z[:, -1:], world.rollout(world.begin(z, before), after)], dim=1).numpy()
+    return rolled.repeat(skip, axis=1)[:, : steps + 1]
 
 
 def past_actions(dataset: Dataset, windows: Windows) -> Float32[np.ndarray, "n c1 a"]:
@@ -145,7 +154,7 @@ def past_actions(dataset: Dataset, windows: Windows) -> Float32[np.ndarray, "n c
     return np.stack([dataset.actions(e)[t - windows.context + 1 : t] for e, t in windows.index.tolist()])
 
 
-def roll_out(world: World, cache: FrameCache, windows: Windows, donor: Int64[np.ndarray, " n"]) -> Rollouts:
+def roll_out(world: AnyWorld, cache: FrameCache, windows: Windows, donor: Int64[np.ndarray, " n"]) -> Rollouts:
     """Encode the windows and imagine them with the recorded actions and with those of the windows `donor`."""
     context, real = encode_windows(world, cache, windows)
     past, actions = past_actions(cache.dataset, windows), window_actions(cache.dataset, windows)

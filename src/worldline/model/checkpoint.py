@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldline.core.errors import WorldlineError
 from worldline.core.files import fsync_directory, read_json, sha256_file, write_bytes, write_json
@@ -159,8 +159,8 @@ def shipped_worlds() -> list[str]:
     return sorted(card.parent.name for card in SHIPPED.glob(f"*/{CARD}"))
 
 
-def weights_sha256(world: World) -> str:
-    """Return a hash over every tensor of a world as it is in memory: names, shapes, bytes."""
+def weights_sha256(world: nn.Module) -> str:
+    """Return a hash over every tensor of a model as it is in memory: names, shapes, bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(world.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
