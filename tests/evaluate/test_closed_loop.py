@@ -27,7 +27,7 @@ from worldline.model.world import State, World, WorldConfig
 from worldline.planning.planners import PlannerConfig, Space
 
 QUICK = PlannerConfig(steps=4, samples=40, iterations=4, elites=5)
-LOOP = LoopConfig(hold=3)
+LOOP = LoopConfig(hold=3, whiten=False)
 SPACE = Space.of(TwoRoom.spec, torch.zeros(2), torch.full((2,), 0.58))
 
 
@@ -211,6 +211,22 @@ def test_planning_repeats_resumes_and_reports(
     assert "world minus compared, paired" in report
     assert (out / "filmstrip.png").stat().st_size > 500
     assert "reached: world" in capsys.readouterr().out
+
+
+def test_whitening_wants_a_fitted_gauge_and_uses_it(dataset: Dataset) -> None:
+    world = World(WorldConfig(latent_dim=8, conv_width=8, conv_head=4, hidden=16, decoder_width=4), dataset.spec).eval()
+    with pytest.raises(WorldlineError, match=r"loop\.whiten=false"):
+        WorldAgent(world, LoopConfig())
+    with torch.no_grad():
+        world.gauge.radius99.fill_(1.0)
+        world.gauge.whitening.copy_(2.0 * torch.eye(8))
+        starts = choose_starts(dataset, offset=15, context=4, count=1, seed=1)
+        problems, actions, costs = closed_loop.problems_at(FrameCache(dataset), starts, 4), torch.zeros(1, 2, 3, 2), []
+        for whiten in (True, False):
+            agent = WorldAgent(world, LoopConfig(whiten=whiten))
+            agent.begin(problems, [])
+            costs.append(agent.cost([0])(actions))
+    assert torch.allclose(costs[0], 4.0 * costs[1])
 
 
 def test_a_world_of_another_name_is_refused(dataset: Dataset, tmp_path: Path) -> None:

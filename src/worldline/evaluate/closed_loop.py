@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
+from worldline.core.errors import WorldlineError
 from worldline.core.seeding import seed_for
 from worldline.data.cache import FrameCache, resize
 from worldline.data.goals import reached
@@ -35,6 +36,8 @@ class LoopConfig:
     """Planned actions that are carried out before the next plan."""
     over: Over = "mean"
     """What a plan's cost is taken over: the mean over its steps, or the last."""
+    whiten: bool = True
+    """Measure latent distance where real latents have unit covariance; else every latent value counts as it is."""
 
 
 class Problems(NamedTuple):
@@ -81,9 +84,18 @@ class Agent(Protocol):
 class WorldAgent:
     """Plans in a world's imagination, towards the latent of the goal's picture."""
 
-    def __init__(self, world: World, loop: LoopConfig, matrix: Float[Tensor, "d r"] | None = None) -> None:
+    def __init__(self, world: World, loop: LoopConfig) -> None:
+        """
+        Raises:
+            WorldlineError: distances are to be whitened and the world's gauge, which knows how, is not fitted.
+        """
+        if loop.whiten and not world.gauge.fitted:
+            raise WorldlineError(
+                "this world's drift gauge is not fitted, so its latents cannot be whitened; give loop.whiten=false"
+            )
         self.space = Space.of(world.spec, world.action_mean, world.action_std)
-        self._world, self._loop, self._matrix = world, loop, matrix
+        self._world, self._loop = world, loop
+        self._matrix = world.gauge.whitening if loop.whiten else None
         self._screen = make_screen(world)
 
     @torch.no_grad()

@@ -61,7 +61,9 @@ class PlanConfig:
     """Bootstrap draws over episodes."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
-    oracle_planner: PlannerConfig = field(default_factory=lambda: PlannerConfig(samples=40, iterations=4, elites=4))
+    oracle_planner: PlannerConfig = field(
+        default_factory=lambda: PlannerConfig(steps=10, samples=40, iterations=4, elites=4)
+    )
 
     def __post_init__(self) -> None:
         if not self.offsets or min(self.offsets) < 1 or self.starts < 1 or self.planner_seeds < 1 or self.budget <= 0:
@@ -157,7 +159,7 @@ def render(result: dict[str, Any]) -> str:
     """Write the report from `result.json` alone."""
     config, made = result["config"], result["provenance"]
     offsets = list(map(str, config["offsets"]))
-    planner, loop = config["planner"], config["loop"]
+    planner, loop, oracle = config["planner"], config["loop"], config["oracle_planner"]
     lines = [
         f"# Planning in {result['dataset']['name']}",
         "",
@@ -191,8 +193,9 @@ def render(result: dict[str, Any]) -> str:
         f"Reached means at some step within the budget, by the true state: {criterion}. Starts removed because they "
         f"were solved already: {removed}. Planner: {planner['method']}, {planner['samples']} samples, "
         f"{planner['iterations']} iterations, {planner['steps']} actions of {loop['hold']} steps each, "
-        f"{loop['carried_out']} of them carried out; the oracle has {config['oracle_planner']['samples']} samples and "
-        f"{config['oracle_planner']['iterations']} iterations.",
+        f"{loop['carried_out']} of them carried out, {'whitened' if loop['whiten'] else 'plain'} latent distance, "
+        f"{loop['over']} over steps; the oracle has {oracle['samples']} samples, {oracle['iterations']} iterations and "
+        f"{oracle['steps']} actions.",
         "",
         "| milliseconds a decision, for one start | p25 | median | p75 |",
         "|---|---|---|---|",

@@ -30,13 +30,13 @@ class PlannerConfig:
 
     method: Literal["cem", "icem", "mppi", "gradient"] = "cem"
     """Cross-entropy method, the same with coloured noise and kept elites, path integral control, gradient descent."""
-    steps: int = 10
+    steps: int = 5
     """Actions of a plan."""
-    samples: int = 100
+    samples: int = 64
     """Candidates of an iteration; those that gradient descent starts from."""
-    iterations: int = 10
+    iterations: int = 5
     """Rounds of drawing candidates and narrowing down on the better ones; steps of gradient descent."""
-    elites: int = 10
+    elites: int = 6
     """Candidates that the next iteration is drawn around, of CEM and iCEM."""
     std: float = 1.0
     """Spread of the first candidates, in standard deviations of the actions that the world was trained on."""
