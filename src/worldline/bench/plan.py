@@ -190,13 +190,12 @@ def render(result: dict[str, Any]) -> str:
             f"the same noise both chose the same elites in {equal} of {total} iterations of {len(result['problems'])} "
             f"problems; the plans differ by at most {largest:.3g}.",
             "",
-            "A plan is matrix products and little else, and both loops do the same ones in float32, but for the "
-            "screen: "
+            "A plan is matrix products and little else. "
             + (
-                "most candidates are imagined with products in bfloat16, those near the border of the elites again in "
-                "float32."
+                "Most candidates are imagined roughly, in bfloat16 and without the units that no candidate switches; "
+                "those near the border of the elites again in float32."
                 if result["screened"]
-                else "this machine or predictor has none."
+                else "This machine or predictor has no screen, so both do the same."
             ),
             "",
             f"Machine: {made['machine']['processor']}, {made['machine']['cores']} cores; torch "
