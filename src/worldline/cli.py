@@ -207,9 +207,12 @@ def _compose(command: Command, overrides: list[str], fixed: Mapping[str, str] | 
 def _trained_on(checkpoint: str) -> str:
     """Return the dataset that a checkpoint was trained on, by the place it had then."""
     from worldline.model.checkpoint import read_card
+    from worldline.model.foreign import is_foreign
 
     if checkpoint == _ANY:
         return _ANY
+    if is_foreign(checkpoint):
+        raise WorldlineError(f"{checkpoint} is somebody else's model and does not say on which data; give data=PATH")
     path = str(read_card(checkpoint)["training"].get("config", {}).get("data", ""))
     if not Path(path).is_dir() or not path:
         raise WorldlineError(f"{checkpoint} was trained on {path or 'unknown data'}, not found here; give data=PATH")

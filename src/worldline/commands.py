@@ -109,26 +109,30 @@ def _evaluate(config: Any, flags: set[str]) -> int:
     from worldline.evaluate.run import evaluate
     from worldline.evaluate.windows import choose_windows
     from worldline.model.checkpoint import load_world
+    from worldline.model.foreign import is_foreign
     from worldline.model.references import CARD, DIRECTORY
     from worldline.train.references import make_references
 
     started = time.monotonic()
     dataset = open_dataset(config.data)
+    foreign = is_foreign(config.checkpoint)
     if not (dataset.path / DIRECTORY / CARD).exists():
         # what the evaluation would refuse is told now, not after the minutes that a pack takes
-        world = load_world(config.checkpoint)
-        if dataset.spec.factors and world.spec.name != dataset.spec.name:
+        world = None if foreign else load_world(config.checkpoint)
+        if world is not None and dataset.spec.factors and world.spec.name != dataset.spec.name:
             raise WorldlineError(
                 f"{config.checkpoint} is a world of {world.spec.name}, {config.data} holds episodes of "
                 f"{dataset.spec.name}; evaluate it on data of its own world"
             )
-        choose_windows(dataset, context=world.config.context, horizon=config.horizon, count=config.windows)
+        context = 2 if world is None else world.config.context
+        choose_windows(dataset, context=context, horizon=config.horizon, count=config.windows)
         print(f"{dataset.path} has no reference pack yet; making it, once")
         make_references(dataset)
     out = evaluate(config)
-    add_result(config.checkpoint, out)
+    if not foreign:
+        add_result(config.checkpoint, out)
     wrote(out, started)
-    print(f"open {out}/report.html; next: worldline play {config.checkpoint}")
+    print(f"open {out}/report.html" + ("" if foreign else f"; next: worldline play {config.checkpoint}"))
     return 0
 
 
@@ -332,6 +336,7 @@ COMMANDS: dict[str, Command] = {
             examples=(
                 ("worldline evaluate runs/pusht-tiny", "on the dataset it was trained on"),
                 ("worldline evaluate runs/a compare=runs/b", "and the paired difference to another world"),
+                ("worldline evaluate my_models:load data=datasets/pusht", "somebody else's model, by an entry point"),
             ),
             run=_evaluate,
             config="worldline.evaluate.run:EvaluateConfig",

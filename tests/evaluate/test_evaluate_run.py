@@ -9,44 +9,19 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from small_dataset import QUICK, world_at
 
 from worldline.core.errors import WorldlineError
 from worldline.core.files import read_json
-from worldline.data.collect import CollectConfig, collect
-from worldline.data.lerobot import Dataset, open_dataset
+from worldline.data.lerobot import Dataset
 from worldline.evaluate.run import EvaluateConfig, evaluate
 from worldline.evaluate.windows import choose_windows
 from worldline.model.checkpoint import save_world
 from worldline.model.references import ACTIONS_ONLY, CARD, load_references
 from worldline.model.world import World, WorldConfig
 from worldline.train.references import ReferencesConfig, make_references
-
-QUICK = ReferencesConfig(
-    encoder_updates=150, encoder_batch=32, actions_updates=20, actions_batch=16, horizon=20, good_enough=0.05
-)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    path = tmp_path_factory.mktemp("evaluate") / "rooms"
-    made = open_dataset(collect(CollectConfig(env="two_room", path=str(path), episodes=60, steps=70, workers=1)))
-    make_references(made, QUICK)
-    return made
-
-
-def world_at(path: Path, dataset: Dataset, seed: int) -> str:
-    torch.manual_seed(seed)
-    config = WorldConfig(latent_dim=24, conv_width=8, conv_head=4, hidden=32, decoder_width=4, context=2 + seed)
-    world = World(config, dataset.spec)
-    frames = torch.from_numpy(np.concatenate([dataset.read_episode(i).frames for i in range(3)]))
-    for _ in range(20):  # settles the batch norms
-        world.encode(frames)
-    world.eval()
-    world.gauge.fit(world, world.encode(frames))
-    return str(save_world(path, world, training={}))
 
 
 def umask() -> int:
@@ -76,6 +51,7 @@ def test_evaluate_repeats_and_reports(dataset: Dataset, tmp_path: Path, capsys: 
                 twin=other,
                 compare=other,
                 train_frames=1500,
+                bounds=True,
             )
         )
         for name in ("one", "two")
@@ -93,9 +69,13 @@ def test_evaluate_repeats_and_reports(dataset: Dataset, tmp_path: Path, capsys: 
     }
     assert set(figures["compare"]["hri_difference"]) == {"10"}
     assert figures["long_rollouts"]["steps"] == 70 - 2
+    assert len(figures["long_rollouts"]["inside_curve"]) == 69
+    assert len(figures["bound"]["error"]) == figures["windows"]["episodes"]
+    assert figures["bound"]["held"] == 1.0
     assert "H*" in capsys.readouterr().out
     html = (first / "report.html").read_text()
     assert "prefers-color-scheme: dark" in html
+    assert "What is bounded" in html
     assert not re.search(r"""(src|href)=["']?(http|//|/)""", html), "the page must need no other file"
     assert "#0072b2" not in html.split("</style>")[1], "figures take their colours from the page"
     assert (first / "filmstrip.png").stat().st_size > 10_000

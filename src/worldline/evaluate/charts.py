@@ -55,7 +55,7 @@ def reliability_chart(figures: dict[str, Any], step_seconds: float) -> str:
         figure = Figure(figsize=(10.4, max(0.6 + 2.5 * len(factors), 4.2)), layout="constrained")
         axes = figure.subplots(len(factors), 1, sharex=True, squeeze=False)[:, 0]
         for ax, (name, factor) in zip(axes, factors.items(), strict=True):
-            _factor(ax, name, factor, star)
+            _factor(ax, name, factor, star, figures["windows"]["every"])
         axes[-1].set_xlabel(f"horizon h, steps of {step_seconds * 1000:.0f} ms")
         handles: dict[str, Artist] = {}
         for ax in axes:
@@ -66,11 +66,13 @@ def reliability_chart(figures: dict[str, Any], step_seconds: float) -> str:
 
 def latent_chart(figures: dict[str, Any]) -> str:
     """Draw latent error and the share of imagined latents inside the region of real ones."""
+    every = figures["windows"]["every"]
     latents = figures["latents"]
+    latents = latents | {key: value[::every] for key, value in latents.items() if isinstance(value, list)}
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10.4, 2.7), layout="constrained")
         left, right = figure.subplots(1, 2)
-        h = np.arange(len(latents["error"]))
+        h = np.arange(len(latents["error"])) * every
         left.plot(h, _curve(latents["error"]), color=DREAM, lw=2, label="imagination")
         left.plot(h, _curve(latents["error_persistence"]), color=SOFT, ls=(0, (5, 2)), label="persistence")
         left.axhline(np.sqrt(2), color=LINE, lw=1)
@@ -86,9 +88,59 @@ def latent_chart(figures: dict[str, Any]) -> str:
         return _svg(figure, "Latent error and region")
 
 
-def _factor(ax: Axes, name: str, factor: dict[str, Any], star: dict[str, Any]) -> None:
+def long_chart(figures: dict[str, Any]) -> str:
+    """Draw where latents go on whole test episodes: the share inside the real region, and their median radius."""
+    long = figures["long_rollouts"]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10.4, 2.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        h = np.arange(len(long["inside_curve"])) * long["every"]
+        left.plot(h, 100 * np.array(long["inside_curve"]), color=DREAM, lw=2)
+        left.axhline(100 * figures["latents"]["share_inside_real"], color=TRUTH, lw=1.4)
+        left.set(ylabel="inside real region, %", ylim=(0, 103))
+        right.plot(h, np.clip(long["median_radius_curve"], 0, 10), color=DREAM, lw=2)
+        right.axhline(1, color=TRUTH, lw=1.4)
+        right.text(h[-1], 1, "real latents", color=TRUTH, ha="right", va="bottom", fontsize=9)
+        right.set(ylabel="median radius, real = 1", ylim=(0, None))
+        for ax in (left, right):
+            ax.set(xlabel="horizon h, steps", xlim=(0, max(h[-1], 1)))
+        return _svg(figure, "Region over long rollouts")
+
+
+def bound_chart(figures: dict[str, Any]) -> str:
+    """Draw the measured error beside its bound, and the gains that the bound is made of."""
+    bound = figures["bound"]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10.4, 3.0), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        h = np.arange(1, len(bound["error"][0]) + 1)
+        for key, colour, label in (("bound", WARN, "bound"), ("error", DREAM, "measured error")):
+            rows = np.array([_curve(row) for row in bound[key]])
+            left.fill_between(h, rows.min(axis=0), rows.max(axis=0), color=colour, alpha=0.18, lw=0)
+            left.plot(h, np.median(rows, axis=0), color=colour, lw=2, label=f"{label}: median and range")
+        left.axhline(np.sqrt(2), color=LINE, lw=1)
+        left.text(h[-1], np.sqrt(2), "two real latents at random", color=SOFT, ha="right", va="bottom", fontsize=9)
+        left.set(yscale="log", ylabel="error", ylim=(None, 1e6))
+        left.legend(loc="lower right", fontsize=9)
+        right.plot(h, np.median([_curve(row) for row in bound["gain"]], axis=0), color=WARN, lw=2, label="whole state")
+        for name, colour in (("tangent", ACTION), ("off", SOFT)):
+            rows = np.array([_curve(row) for row in bound["split"][name]])
+            label = "latent, along real latents" if name == "tangent" else "latent, off them"
+            right.plot(bound["split_at"], np.median(rows, axis=0), color=colour, lw=1.6, label=label)
+        seen = np.array([_curve(row) for row in bound["gain_seen"]])[:, 1:]
+        right.plot(h[1:], np.median(seen, axis=0), color=DREAM, lw=2, label="what steps did to the error")
+        right.axhline(1, color=LINE, lw=1)
+        right.set(ylabel="gain of one step, median", ylim=(0, None))
+        right.legend(loc="lower right", fontsize=9)
+        for ax in (left, right):
+            ax.set(xlabel="horizon h, steps", xlim=(0, h[-1]))
+        return _svg(figure, "Measured error and its bound")
+
+
+def _factor(ax: Axes, name: str, factor: dict[str, Any], star: dict[str, Any], every: int) -> None:
+    factor = factor | {key: value[::every] for key, value in factor.items() if isinstance(value, list)}
     r, credit = _curve(factor["r"]), _curve(factor["credit"])
-    h = np.arange(len(r))
+    h = np.arange(len(r)) * every
     later = h >= 1
     ax.axhline(0, color=LINE, lw=1)
     ax.axhline(0.5, color=LINE, lw=1, ls=(0, (2, 3)))
@@ -96,7 +148,7 @@ def _factor(ax: Axes, name: str, factor: dict[str, Any], star: dict[str, Any]) -
     ax.plot(h, _curve(factor["r_real_latents"]), color=TRUTH, lw=1.4, label="encoder's limit (real latents)")
     for kind, (colour, dashes) in _NAIVE.items():
         if kind in factor["r_naive"]:
-            values = np.where(later, _curve(factor["r_naive"][kind]), np.nan)
+            values = np.where(later, _curve(factor["r_naive"][kind][::every]), np.nan)
             ax.plot(h, np.clip(values, -0.6, None), color=colour, lw=1.3, ls=dashes, label=kind)
     ax.fill_between(h[1:], _curve(factor["r_low"])[1:], _curve(factor["r_high"])[1:], color=DREAM, alpha=0.18, lw=0)
     ax.plot(h[1:], r[1:], color=DREAM, lw=2.2, label="imagination R(h), 95% interval")

@@ -62,8 +62,10 @@ class LatentReport:
     error: Float[np.ndarray, " t1"]
     """Of imagined against real latents; two real latents drawn at random differ by about sqrt(2)."""
     error_persistence: Float[np.ndarray, " t1"]
+    one_step: float
+    """The error after one step of the model."""
     growth: float | None
-    """e_100 / e_10; None when the horizon is shorter or e_10 is 0."""
+    """e_100 / e_10; None where one of them is missing, or e_10 is 0."""
     inside: Float[np.ndarray, " t1"]
     """Share of imagined latents within the radius that holds 99% of real training latents."""
     radius99: float
@@ -103,8 +105,9 @@ def measure(
     twin: dict[str, Float[np.ndarray, "n t1 _"]] | None = None,
     draws: int = DRAWS,
     seed: int = 0,
+    every: int = 1,
 ) -> Measurement:
-    """Score one model on windows of held-out episodes.
+    """Score one model on windows of held-out episodes, at every `every`-th step.
 
     `canonical` holds (R^2, RMSE) of the canonical encoder by factor, `actions_only` factors forecast from actions
     alone, `twin` the readings of an action-free twin through its own probe.
@@ -148,12 +151,13 @@ def measure(
             whitening,
             limits[f.name].moving_rmse,
             seed,
+            every,
         )
         for f in factors
     }
     return Measurement(
-        reliability=score(forecasts, factors, limits, ranks, draws=draws, seed=seed),
-        latents=describe_latents(whitening, train.z, rollouts.real, imagined),
+        reliability=score(forecasts, factors, limits, ranks, draws=draws, seed=seed, every=every),
+        latents=describe_latents(whitening, train.z, rollouts.real, imagined, every),
         moved={f.name: moved(f, truth[f.name], limits[f.name].moving_rmse) for f in factors},
         probe=probe,
         whitening=whitening,
@@ -203,8 +207,9 @@ def describe_latents(
     train: Float32[np.ndarray, "m d"],
     real: Float32[np.ndarray, "n t1 d"],
     imagined: Float32[np.ndarray, "n t1 d"],
+    every: int = 1,
 ) -> LatentReport:
-    """Describe imagined latents against real ones in whitened units."""
+    """Describe imagined latents against real ones in whitened units; NaN at steps that are no multiple of `every`."""
     white, white_hat = whitening(real), whitening(imagined)
     rank = max(white.shape[-1], 1)
     distance = np.linalg.norm(white_hat - white, axis=-1) / np.sqrt(rank)  # (n, t1)
@@ -212,19 +217,42 @@ def describe_latents(
     still = np.sqrt((np.square(white - white[:, :1]).sum(-1) / rank).mean(axis=0))
     radius, radius_real = np.linalg.norm(white_hat, axis=-1), np.linalg.norm(white, axis=-1)
     limit = np.quantile(whitening.radius(train), 0.99)
+    median_real = max(float(np.median(radius_real)), 1e-300)
+    asked = np.where(np.arange(real.shape[1]) % every == 0, 1.0, np.nan)
+    error = error * asked
     return LatentReport(
         effective_rank=whitening.effective_rank,
         latent_dim=train.shape[1],
         error=error,
         error_persistence=still,
-        growth=float(error[100] / error[10]) if len(error) > 100 and error[10] > 0 else None,
-        inside=(radius <= limit).mean(axis=0),
+        one_step=float(error[every]),
+        growth=growth(error),
+        inside=(radius <= limit).mean(axis=0) * asked,
         radius99=float(limit),
-        median_radius_real=max(float(np.median(radius_real)), 1e-300),
+        median_radius_real=median_real,
         inside_real=float((radius_real <= limit).mean()),
-        radius=np.median(radius, axis=0) / max(float(np.median(radius_real)), 1e-300),
-        gauge_radius=rank_correlation(radius, distance),
+        radius=np.median(radius, axis=0) / median_real * asked,
+        gauge_radius=rank_correlation(radius, distance) * asked,
     )
+
+
+def describe_region(
+    whitening: Whitening, report: LatentReport, imagined: Float32[np.ndarray, "n t1 d"]
+) -> tuple[Float[np.ndarray, " t1"], Float[np.ndarray, " t1"]]:
+    """Return by step how many of these imagined latents lie inside the real 99% region, and their median radius.
+
+    The share is of all rollouts, those that left for infinity or are not defined count as outside; the radius is over
+    the median of real latents, as in `report`.
+    """
+    radius = whitening.radius(np.nan_to_num(imagined, nan=1e30, posinf=1e30, neginf=-1e30))
+    return (radius <= report.radius99).mean(axis=0), np.median(radius, axis=0) / report.median_radius_real
+
+
+def growth(error: Float[np.ndarray, " t1"]) -> float | None:
+    """Return e_100 / e_10, None where the horizon is shorter, one of the two is not known, or e_10 is 0."""
+    if len(error) <= 100 or not np.isfinite(error[[10, 100]]).all() or error[10] <= 0:
+        return None
+    return float(error[100] / error[10])
 
 
 def swap_across_episodes(episodes: Int[np.ndarray, " n"], seed: int = 0) -> Int[np.ndarray, " n"]:

@@ -67,7 +67,7 @@ def _interval(interval: Interval | None) -> dict[str, float | None] | None:
 
 
 def _horizon(horizon: TrustHorizon, spec: WorldSpec) -> dict[str, Any]:
-    # one step of a world is one step of its environment: this version has no frame skip
+    # horizons count steps of the environment, whatever a model's frame skip
     return asdict(horizon) | {
         "environment_steps": horizon.steps,
         "seconds": round(horizon.steps * spec.step_seconds, 4),
@@ -109,7 +109,7 @@ def _latents(report: LatentReport) -> dict[str, Any]:
         "dimensions": report.latent_dim,
         "error": _curve(report.error),
         "error_persistence": _curve(report.error_persistence),
-        "error_one_step": _number(report.error[1]),
+        "error_one_step": _number(report.one_step),
         "growth_e100_e10": _number(report.growth),
         "share_inside": _curve(report.inside),
         "share_inside_real": _number(report.inside_real),

@@ -22,6 +22,8 @@ class Scene:
 
     truth: UInt8[np.ndarray, "t1 h w 3"]
     imagined: UInt8[np.ndarray, "t1 s s 3"]
+    drawn: bool = True
+    """By the model's decoder; else these are the real frames of other episodes whose latents lie nearest."""
     episode: int
     start: int
     step_seconds: float

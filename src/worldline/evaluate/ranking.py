@@ -47,6 +47,11 @@ class Whitening:
         return radius
 
 
+def nearest_multiple(h: int, every: int) -> int:
+    """Return the multiple of `every`, not 0, that lies nearest to h."""
+    return max(round(h / every), 1) * every
+
+
 def ranking_shares(
     factor: Factor,
     others: tuple[Factor, ...],
@@ -57,13 +62,14 @@ def ranking_shares(
     whitening: Whitening,
     rmse: float | None,
     seed: int = 0,
+    every: int = 1,
 ) -> Float[np.ndarray, " n"]:
     """Return per window the share of distractors that lie farther from z_hat_h than the true z_h does; ties count half.
 
-    Asked at h = 10, 25, 50, 75, 100 on windows where the factor moved. Distractors are real latents in which *this*
-    factor differs from the truth by over 3 RMSE, and of those the ones whose *other* factors are most alike: 8 of the
-    same window and 8 of other episodes. So a forecast that is right in the other factors only finds no help in them.
-    NaN for windows without a query.
+    Asked at h = 10, 25, 50, 75, 100 (the nearest multiples of `every`) on windows where the factor moved. Distractors
+    are real latents in which *this* factor differs from the truth by over 3 RMSE, and of those the ones whose *other*
+    factors are most alike: 8 of the same window and 8 of other episodes. So a forecast that is right in the other
+    factors only finds no help in them. NaN for windows without a query.
     """
     num_windows, steps = z.shape[:2]
     values = truth[factor.name].astype(np.float64)
@@ -72,6 +78,7 @@ def ranking_shares(
     scaled = [c / max(float(np.sqrt(c.reshape(-1, c.shape[-1]).var(axis=0).sum())), 1e-12) for c in context]
     rest = np.concatenate([*scaled, np.zeros((num_windows, steps, 1))], axis=-1)
     asked = moved(factor, truth[factor.name], rmse)
+    horizons = sorted({nearest_multiple(h, every) for h in QUERY_HORIZONS})
     white, white_hat = whitening(z), whitening(z_hat)
 
     rng = rng_for(seed, "distractors")
@@ -82,7 +89,7 @@ def ranking_shares(
         # in random order, since equally near ones (all of them, where there is no other factor) are taken in order
         own = np.stack([np.full(steps, window), rng.permutation(steps)], axis=-1)
         far = pool[episodes[pool[:, 0]] != episodes[window]]
-        for h in (h for h in QUERY_HORIZONS if h < steps and asked[window, h]):
+        for h in (h for h in horizons if h < steps and asked[window, h]):
             for candidates in (own, far):
                 at = candidates[:, 0], candidates[:, 1]
                 differ = np.linalg.norm(values[at] - values[window, h], axis=-1) > differs_by

@@ -227,14 +227,18 @@ def _beats_naive(
 class _FactorDraws:
     """One factor's curves, for the sample (row 0) and every draw."""
 
-    def __init__(self, factor: Factor, forecasts: Forecasts, limits: FactorLimits, bootstrap: Bootstrap) -> None:
+    def __init__(
+        self, factor: Factor, forecasts: Forecasts, limits: FactorLimits, bootstrap: Bootstrap, every: int
+    ) -> None:
         name, truth = factor.name, forecasts.truth[factor.name]
         loss = cross_entropy if factor.kind == "discrete" else squared_error
         self.moved = moved(factor, truth, limits.moving_rmse)
         counted = self.moved.copy()
         counted[:, 0] = True  # R_f(0) is the encoder's own limit, on all windows
+        asked = np.arange(truth.shape[1]) % every == 0
+        counted[:, ~asked] = False
         self.num_moved = self.moved.sum(axis=0)
-        self.scored = self.num_moved >= MIN_MOVED_WINDOWS
+        self.scored = asked & (self.num_moved >= MIN_MOVED_WINDOWS)
 
         def sums(forecast: Forecast) -> np.ndarray:
             return bootstrap.sums(loss(forecast[name], truth) * counted)
@@ -249,7 +253,7 @@ class _FactorDraws:
         self.r_swapped = 1.0 - _ratio(swapped, baseline)
         self.r_real = 1.0 - _ratio(sums(forecasts.real)[0], baseline[0])
         self.r_naive = {kind: 1.0 - _ratio(rows[0], baseline[0]) for kind, rows in naive.items()}
-        self.r_all = 1.0 - _ratio(loss(forecasts.model[name], truth).sum(0), mean_loss.sum(0))
+        self.r_all = 1.0 - _ratio(loss(forecasts.model[name], truth).sum(0), mean_loss.sum(0) * asked)
         held = _beats_naive(error, best)
         self.beats_naive = held[0]
         encoded = float(limits.encoded)
@@ -277,8 +281,9 @@ def score(
     *,
     draws: int = DRAWS,
     seed: int = 0,
+    every: int = 1,
 ) -> Reliability:
-    """Score a model on windows of held-out episodes.
+    """Score a model on windows of held-out episodes, at every `every`-th h: where it has a forecast at all.
 
     `ranks` holds per window the share of distractors that lie farther from the forecast than the truth (see
     `ranking.py`), NaN for windows without a query.
@@ -290,7 +295,7 @@ def score(
         if not limits[f.name].visible
     }
     included = [f for f in factors if f.name not in excluded]
-    rows = {f.name: _FactorDraws(f, forecasts, limits[f.name], bootstrap) for f in included}
+    rows = {f.name: _FactorDraws(f, forecasts, limits[f.name], bootstrap, every) for f in included}
     scores = tuple(
         _factor_score(name, draw, limits[name], _ranking(ranks[name], bootstrap)) for name, draw in rows.items()
     )
@@ -300,7 +305,7 @@ def score(
         factors=scores,
         excluded=excluded,
         hri={t: None if values is None else interval(values) for t, values in hri_rows.items()},
-        horizon=_trust_horizon(rows, steps - 1),
+        horizon=_trust_horizon(rows, steps - 1, every),
         invalid=_invalid(scores),
         num_windows=num_windows,
         num_episodes=bootstrap.num_episodes,
@@ -347,7 +352,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def _factor_score(name: str, draw: _FactorDraws, limits: FactorLimits, ranking: Interval | None) -> FactorScore:
     some = draw.num_moved > 0
-    some[0] = True
+    some[0] = True  # where nothing is asked R is NaN, which the next lines pass over
     # a draw may hold no window that moved: its NaN says nothing about the sample
     low, high = np.full(len(some), np.nan), np.full(len(some), np.nan)
     for h in np.flatnonzero(some & np.isfinite(draw.r[0])):
@@ -386,15 +391,15 @@ def _hri(rows: list[_FactorDraws], horizon: int) -> np.ndarray | None:
     return np.mean(means, axis=0) if means else None
 
 
-def _trust_horizon(rows: Mapping[str, _FactorDraws], horizon: int) -> TrustHorizon:
+def _trust_horizon(rows: Mapping[str, _FactorDraws], horizon: int, every: int) -> TrustHorizon:
     if not any(row.scored.any() for row in rows.values()):
         return TrustHorizon(steps=0, low=0, high=0, ended_by=None, censored=False)
     first = {
         name: _first_failure(row.scored & (row.credit < TRUSTED_CREDIT), horizon) for name, row in rows.items()
     }  # (draws,) by factor
-    steps = np.minimum.reduce(list(first.values())) - 1
+    steps = (np.minimum.reduce(list(first.values())) - 1) // every * every
     low, high = np.percentile(steps[1:], (2.5, 97.5), method="inverted_cdf")
-    censored = bool(steps[0] >= horizon)
+    censored = bool(steps[0] >= horizon // every * every)
     ended_by = None if censored else min(first, key=lambda name: first[name][0])
     return TrustHorizon(steps=int(steps[0]), low=int(low), high=int(high), ended_by=ended_by, censored=censored)
 

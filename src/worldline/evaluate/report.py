@@ -10,11 +10,21 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from worldline.core.files import write_bytes
-from worldline.evaluate.charts import latent_chart, reliability_chart
+from worldline.evaluate.charts import bound_chart, latent_chart, long_chart, reliability_chart
 from worldline.evaluate.figures import headline
 from worldline.evaluate.pictures import MARKS, Scene, as_png, filmstrip, moving_picture, scaled
+from worldline.evaluate.ranking import nearest_multiple
 from worldline.evaluate.style import CSS
+
+_BOUND_LEAD = (
+    "The imagined state errs by at most the sum of the one-step errors, each times the gains of the steps after it. A "
+    "gain is the largest singular value of a step's Jacobian (latent and memory together) found at three points "
+    "between the true state and the imagined one. It is a bound as far as these points stand for all between them, and "
+    "no promise for other episodes. Unit: root mean squared distance of real latents from their mean."
+)
 
 
 def write_report(out: Path, figures: dict[str, Any], scene: Scene) -> None:
@@ -41,7 +51,8 @@ def render(figures: dict[str, Any], scene: Scene, gif: bytes) -> str:
         _section(
             "Truth beside imagination",
             f"Test episode {scene.episode}, from frame {scene.start}: of the windows in which most factors moved, the "
-            "one of median latent error. After h = 0 the model sees actions only.",
+            "one of median latent error. After h = 0 the model sees actions only."
+            + ("" if scene.drawn else " It has no decoder: shown are the frames of other test episodes nearest to it."),
             _pictures(scene, gif),
         ),
         _section("By factor", "", _factor_table(figures)),
@@ -53,8 +64,10 @@ def render(figures: dict[str, Any], scene: Scene, gif: bytes) -> str:
             "chance is 0.5. The headline is invalid if G2 or G3 fails for every factor.",
             _gate_table(figures),
         ),
-        _section("The latent itself", "", latent_chart(figures) + _latent_table(figures)),
+        _section("The latent itself", "", latent_chart(figures) + long_chart(figures) + _latent_table(figures)),
     ]
+    if "bound" in figures:
+        sections.append(_section("What is bounded", _BOUND_LEAD, bound_chart(figures) + _bound_table(figures["bound"])))
     if "compare" in figures:
         sections.append(_section("Beside another model", "", _compare_table(figures)))
     sections.append(
@@ -69,7 +82,7 @@ def render(figures: dict[str, Any], scene: Scene, gif: bytes) -> str:
         f"<title>worldline: {name}</title><style>{CSS}</style></head><body><main>"
         f'<p class="kicker">worldline &middot; evaluation &middot; {name} &middot; weights '
         f"{figures['model']['weights_sha256'][:12]} "
-        f"&middot; {figures['model']['parameters'] / 1e6:.2f} M parameters</p>"
+        f"{_size(figures['model']['parameters'])}</p>"
         f'<h1><span class="chip {state}">{state}</span> {sentence}</h1>'
         f"{''.join(sections)}</main></body></html>\n"
     )
@@ -132,7 +145,9 @@ def _pictures(scene: Scene, gif: bytes) -> str:
 def _factor_table(figures: dict[str, Any]) -> str:
     factors = figures["factors"]
     last = figures["windows"]["horizon"]
-    marks = sorted({h for h in (10, 25, 50, 75, 100, last) if h <= last})
+    every = figures["windows"]["every"]
+    marks = sorted({nearest_multiple(h, every) for h in (10, 25, 50, 75, 100, last)})
+    marks = [h for h in marks if h <= last]
     rows = []
     for name, factor in factors.items():
         credit = _value(factor["mean_credit"])
@@ -186,6 +201,33 @@ def _latent_table(figures: dict[str, Any]) -> str:
     return _table(["figure", "value"], rows, text_columns=1)
 
 
+def _bound_table(bound: dict[str, Any]) -> str:
+    def median(rows: list[list[float | None]]) -> str:
+        return _value(float(np.median([value for row in rows for value in row if value is not None])), 3)
+
+    length = len(bound["bound"][0])
+    rows = [
+        ["steps on which the bound held", f"{100 * bound['held']:.1f} %"],
+        ["steps whose gain was within the measured one", f"{100 * bound['gain_held']:.1f} %"],
+        [
+            "the bound's median is under that of two random latents",
+            f"for {bound['says_something_up_to']} of {length} steps",
+        ],
+        ["one-step error, median", median(bound["residual"])],
+        ["gain of the whole state; what steps did", f"{median(bound['gain'])}; {median(bound['gain_seen'])}"],
+    ]
+    for name, rows_of_name in bound["split"].items():
+        rows.append(
+            [
+                f"gain of the latent, {name} (real latents vary along {bound['tangent_dim']:.1f} directions)"
+                if name == "tangent"
+                else f"gain of the latent, {name}",
+                median(rows_of_name),
+            ]
+        )
+    return _table(["figure", "value"], rows, text_columns=1)
+
+
 def _compare_table(figures: dict[str, Any]) -> str:
     compare, ours = figures["compare"], figures["verdict"]
     rows = [
@@ -210,6 +252,7 @@ def _reproduce(figures: dict[str, Any]) -> str:
     words += [
         f"{key}={config[key]}" for key in ("horizon", "windows", "seed", "twin", "compare") if config[key] is not None
     ]
+    words += [f"{key}=true" for key in ("bounds", "allow_pickled_code") if config[key]]
     return (
         f"<pre>{escape(shlex.join(words))}</pre>"
         f'<p class="lead">dataset {figures["dataset"]["fingerprint"][:12]} &middot; reference pack '
@@ -234,6 +277,10 @@ def _between(interval: dict[str, float] | None) -> str:
     if interval is None:
         return "n/a"
     return f"{interval['value']:.2f} <small>[{interval['low']:.2f}, {interval['high']:.2f}]</small>"
+
+
+def _size(parameters: int | None) -> str:
+    return "" if parameters is None else f"&middot; {parameters / 1e6:.2f} M parameters"
 
 
 def _value(value: float | None, digits: int = 2) -> str:

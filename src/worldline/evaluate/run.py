@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,17 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 
 from worldline.core.errors import WorldlineError
 from worldline.core.progress import progress
 from worldline.core.result import write_result
 from worldline.data.cache import FrameCache
 from worldline.data.lerobot import Dataset, open_dataset
-from worldline.evaluate.drift import Measurement, bounded, measure, swap_across_episodes
+from worldline.evaluate.bounds import Bound, measure_bound
+from worldline.evaluate.drift import Measurement, bounded, describe_region, measure, swap_across_episodes
 from worldline.evaluate.figures import headline, to_figures
 from worldline.evaluate.pictures import Scene
 from worldline.evaluate.probe import fit_probe
+from worldline.evaluate.ranking import nearest_multiple
 from worldline.evaluate.reliability import DRAWS, HORIZONS, VISIBLE_R2, Interval, paired_difference, rank_correlation
 from worldline.evaluate.report import write_report
 from worldline.evaluate.windows import (
@@ -32,17 +35,30 @@ from worldline.evaluate.windows import (
     middle_actions,
     past_actions,
     roll_out,
+    training_actions,
     window_actions,
     window_states,
 )
-from worldline.model.checkpoint import load_world, weights_sha256
+from worldline.model.checkpoint import load_world
 from worldline.model.factors import FactorHead
+from worldline.model.foreign import (
+    AnyWorld,
+    ForeignWorld,
+    context_frames,
+    frame_skip,
+    is_foreign,
+    load_any,
+    num_parameters,
+    weights_fingerprint,
+)
 from worldline.model.references import References, load_references
 from worldline.model.world import World
 
 _LONG = 1000
 _LONG_EPISODES = 32
 _GAUGE_HORIZONS = (10, 25, 50, 100)
+_BOUND_WINDOWS = 16
+_BOUND_FRAMES = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +66,8 @@ class EvaluateConfig:
     """What to evaluate, on what."""
 
     checkpoint: str
-    """A checkpoint, a run (its best checkpoint), or a shipped world's name."""
+    """A checkpoint, a run (its best checkpoint), or a shipped world's name. Or somebody else's model: a LeWM checkpoint
+    of stable-worldmodel, or `module:callable`, which returns an object with encode, begin and step."""
     data: str
     """The dataset: a LeRobot v3 directory with a reference pack."""
     out: str | None = None
@@ -66,11 +83,16 @@ class EvaluateConfig:
     twin: str | None = None
     """Checkpoint of the same recipe trained with every action at the middle of its range, one more naive forecast."""
     compare: str | None = None
-    """Another checkpoint, scored on the same windows; the difference of the HRIs gets a paired interval."""
+    """Another model, scored on the same windows; the difference of the HRIs gets a paired interval."""
     train_frames: int = 60_000
     """Real training frames that the probe is fitted on, at most."""
     validation_frames: int = 6_000
     """Real validation frames that stop the probe's fit, at most."""
+    bounds: bool = False
+    """Also measure how much each step can amplify an error, and the bound on a rollout's error that follows: one or two
+    minutes more."""
+    allow_pickled_code: bool = False
+    """Load a foreign checkpoint that is a pickle of Python objects, which runs whatever code its author put into it."""
 
     def __post_init__(self) -> None:
         if self.horizon < HORIZONS[0] or self.draws < 100:
@@ -88,44 +110,51 @@ def evaluate(config: EvaluateConfig) -> Path:
             no factor can be seen.
     """
     started = time.monotonic()
-    world, dataset = load_world(config.checkpoint), open_dataset(config.data)
-    others = {name: load_world(path) for name, path in (("twin", config.twin), ("compare", config.compare)) if path}
-    for each in (world, *others.values()):
+    dataset = open_dataset(config.data)
+    world = _load(config.checkpoint, dataset, config)
+    twin_world = load_world(config.twin) if config.twin else None
+    other_world = _load(config.compare, dataset, config) if config.compare else None
+    every_world = [each for each in (world, twin_world, other_world) if each is not None]
+    for each in every_world:
         _require_fit(each, dataset)
+    if config.bounds and isinstance(world, ForeignWorld):
+        raise WorldlineError(
+            f"{config.checkpoint}: bounds=true is for worlds of worldline, whose state says what it holds; leave it out"
+        )
     references = load_references(dataset.path, dataset.fingerprint, dataset.spec)
     _require_visible(references, dataset)
-    context = max(2, *(each.config.context for each in (world, *others.values())))
+    context = max(2, *(context_frames(each) for each in every_world))
+    every = math.lcm(*(frame_skip(each) for each in every_world))
+    if every > config.horizon:
+        raise WorldlineError(
+            f"evaluate: the models' frame skips meet every {every} steps, expected at most the horizon, "
+            f"{config.horizon}; raise the horizon"
+        )
     windows = choose_windows(dataset, context=context, horizon=config.horizon, count=config.windows)
     donor = swap_across_episodes(windows.episodes, config.seed)
 
-    with progress(f"evaluate {dataset.spec.name}", 3 + len(others)) as task:
-        twin = _read_twin(others["twin"], dataset, windows, config) if "twin" in others else None
+    with progress(f"evaluate {dataset.spec.name}", 2 + len(every_world)) as task:
+        twin = _read_twin(twin_world, dataset, windows, config) if twin_world is not None else None
         task.advance(int(twin is not None), "twin")
         cache = FrameCache(dataset, world.config.image_size)
-        ours = _measure(world, cache, windows, donor, references, twin, config)
+        ours = _measure(world, cache, windows, donor, references, twin, config, every)
         task.advance(1, "measured")
         other, comparison = None, None
-        if "compare" in others:
-            other = _measure(
-                others["compare"],
-                FrameCache(dataset, others["compare"].config.image_size),
-                windows,
-                donor,
-                references,
-                twin,
-                config,
-            )
+        if other_world is not None:
+            other_cache = FrameCache(dataset, other_world.config.image_size)
+            other = _measure(other_world, other_cache, windows, donor, references, twin, config, every)
             comparison = _compare(ours, other, config)
             task.advance(1, "compared")
         long = _long_rollouts(world, cache, ours)
         gauge = _gauge(world, cache, windows, ours)
         task.advance(1, "gauge")
+        bound = _bound(world, cache, windows, ours, config) if config.bounds else None
         figures = to_figures(ours, dataset.spec)
         figures |= {
             "config": asdict(config),
             "model": {
-                "weights_sha256": weights_sha256(world),
-                "parameters": sum(p.numel() for p in world.parameters()),
+                "weights_sha256": weights_fingerprint(world),
+                "parameters": num_parameters(world),
                 "config": world.config.to_json(),
             },
             "dataset": {"name": dataset.spec.name, "fingerprint": dataset.fingerprint, "references": references.sha256},
@@ -134,10 +163,13 @@ def evaluate(config: EvaluateConfig) -> Path:
                 "episodes": len(np.unique(windows.episodes)),
                 "context": windows.context,
                 "horizon": windows.horizon,
+                "every": every,
             },
             "long_rollouts": long,
             "gauge": gauge,
         }
+        if bound is not None:
+            figures["bound"] = bound.to_figures()
         if comparison is not None and other is not None:
             figures["compare"] = comparison | {
                 "checkpoint": config.compare,
@@ -153,7 +185,14 @@ def evaluate(config: EvaluateConfig) -> Path:
     return out
 
 
-def _require_fit(world: World, dataset: Dataset) -> None:
+def _load(path: str, dataset: Dataset, config: EvaluateConfig) -> AnyWorld:
+    if not is_foreign(path):
+        return load_world(path)
+    actions = training_actions(dataset)
+    return load_any(path, dataset.spec, actions=actions, allow_pickled_code=config.allow_pickled_code)
+
+
+def _require_fit(world: AnyWorld, dataset: Dataset) -> None:
     if world.spec.name != dataset.spec.name:
         raise WorldlineError(
             f"this is a world of {world.spec.name}, {dataset.path} holds episodes of {dataset.spec.name}; evaluate it "
@@ -181,13 +220,14 @@ def _require_visible(references: References, dataset: Dataset) -> None:
 
 
 def _measure(
-    world: World,
+    world: AnyWorld,
     cache: FrameCache,
     windows: Windows,
     donor: Int64[np.ndarray, " n"],
     references: References,
     twin: dict[str, Float[np.ndarray, "n t1 _"]] | None,
     config: EvaluateConfig,
+    every: int,
 ) -> Measurement:
     dataset = cache.dataset
     with torch.inference_mode():
@@ -204,6 +244,7 @@ def _measure(
         twin=twin,
         draws=config.draws,
         seed=config.seed,
+        every=every,
     )
 
 
@@ -239,32 +280,52 @@ def _compare(ours: Measurement, other: Measurement, config: EvaluateConfig) -> d
     }
 
 
-def _long_rollouts(world: World, cache: FrameCache, ours: Measurement) -> dict[str, Any]:
+def _long_rollouts(world: AnyWorld, cache: FrameCache, ours: Measurement) -> dict[str, Any]:
     """Roll out whole test episodes, to 1,000 steps where they are that long, and see whether latents stay at home."""
-    dataset, context = cache.dataset, world.config.context
+    dataset, context, skip = cache.dataset, context_frames(world), frame_skip(world)
     longest = max(dataset.lengths[e] for e in dataset.split("test")) - context
     steps = min(_LONG, longest)
     episodes = [e for e in dataset.split("test") if dataset.lengths[e] - context >= steps][:_LONG_EPISODES]
     z = np.stack([encode_frames(world, cache.frames(e, 0, context)) for e in episodes])
     actions = np.stack([dataset.actions(e)[: context - 1 + steps] for e in episodes])
     imagined = imagine(world, z, actions[:, : context - 1], actions[:, context - 1 :])
-    train_radius = ours.latents.radius99
-    radius = ours.whitening.radius(np.nan_to_num(imagined, nan=1e30, posinf=1e30, neginf=-1e30))
-    marks = [h for h in (1, 10, 25, 50, 100, 200, 300, 500, 700, 1000) if h <= steps]
+    inside, radius = describe_region(ours.whitening, ours.latents, imagined)
+    marks = sorted({nearest_multiple(h, skip) for h in (1, 10, 25, 50, 100, 200, 300, 500, 700, 1000)})
+    marks = [h for h in marks if h <= steps]
     return {
         "steps": steps,
         "wanted_steps": _LONG,
         "episodes": len(episodes),
         "at": marks,
-        "inside": [round(float((radius[:, h] <= train_radius).mean()), 4) for h in marks],
-        "median_radius": [round(float(np.median(radius[:, h]) / ours.latents.median_radius_real), 4) for h in marks],
+        "inside": [round(float(inside[h]), 4) for h in marks],
+        "median_radius": [round(float(radius[h]), 4) for h in marks],
+        "every": skip,
+        "inside_curve": [round(float(share), 4) for share in inside[::skip]],
+        "median_radius_curve": [round(float(each), 4) for each in radius[::skip]],
     }
 
 
+def _bound(world: AnyWorld, cache: FrameCache, windows: Windows, ours: Measurement, config: EvaluateConfig) -> Bound:
+    """Measure gains and bound on a few windows, one an episode while there are enough of them."""
+    assert isinstance(world, World)
+    _, first = np.unique(windows.episodes, return_index=True)
+    chosen = first[np.linspace(0, len(first) - 1, min(_BOUND_WINDOWS, len(first))).round().astype(int)]
+    train = encode_split(world, cache, "train", _BOUND_FRAMES, config.seed)
+    return measure_bound(
+        world,
+        ours.rollouts.context[chosen],
+        past_actions(cache.dataset, windows)[chosen],
+        window_actions(cache.dataset, windows)[chosen],
+        ours.rollouts.real[chosen],
+        train.z,
+        config.seed,
+    )
+
+
 @torch.inference_mode()
-def _gauge(world: World, cache: FrameCache, windows: Windows, ours: Measurement) -> dict[str, Any] | None:
+def _gauge(world: AnyWorld, cache: FrameCache, windows: Windows, ours: Measurement) -> dict[str, Any] | None:
     """Return how well the world's own gauge tells, at a given h, which windows went wrong; None where it has none."""
-    if not world.gauge.fitted:
+    if isinstance(world, ForeignWorld) or not world.gauge.fitted:
         return None
     marks = [h for h in _GAUGE_HORIZONS if h <= windows.horizon]
     imagined = ours.rollouts.imagined[:, marks]
@@ -280,7 +341,7 @@ def _gauge(world: World, cache: FrameCache, windows: Windows, ours: Measurement)
 
 
 @torch.inference_mode()
-def _scene(world: World, cache: FrameCache, windows: Windows, ours: Measurement) -> Scene:
+def _scene(world: AnyWorld, cache: FrameCache, windows: Windows, ours: Measurement) -> Scene:
     """Return the window to show: of those in which most factors moved, the one of median error."""
     scores = ours.reliability.factors
     moves = sum((ours.moved[s.name].any(axis=1).astype(int) for s in scores), np.zeros(len(windows.index), int))
@@ -289,18 +350,36 @@ def _scene(world: World, cache: FrameCache, windows: Windows, ours: Measurement)
     error = np.square(white).sum(-1).mean(-1)
     window = int(most[np.argsort(error, kind="stable")[len(most) // 2]])
     episode, start = windows.index[window].tolist()
-    z = torch.from_numpy(ours.rollouts.imagined[window].copy())
+    if drawn := not isinstance(world, ForeignWorld) or world.has_decoder:
+        imagined = world.decode(torch.from_numpy(ours.rollouts.imagined[window].copy())).numpy()
+    else:
+        imagined = _nearest_frames(cache, windows, ours, window)
     return Scene(
         truth=cache.frames(episode, start, windows.horizon + 1).copy(),
-        imagined=world.decode(z).numpy(),
+        imagined=imagined,
+        drawn=drawn,
         episode=episode,
         start=start,
         step_seconds=cache.dataset.spec.step_seconds,
     )
 
 
+def _nearest_frames(
+    cache: FrameCache, windows: Windows, ours: Measurement, window: int
+) -> UInt8[np.ndarray, "t1 h w 3"]:
+    """Return, for what was imagined in a window, the frames of other test episodes whose latents lie nearest."""
+    others = windows.index[windows.episodes != windows.episodes[window]]
+    real = ours.whitening(ours.rollouts.real[windows.episodes != windows.episodes[window]])  # (m, t1, r)
+    flat, sought = real.reshape(-1, real.shape[-1]), ours.whitening(ours.rollouts.imagined[window])
+    nearest = [int(np.square(flat - z).sum(axis=-1).argmin()) for z in sought]
+    places = [divmod(each, real.shape[1]) for each in nearest]  # (window, h)
+    return np.stack([cache.frames(int(others[w, 0]), int(others[w, 1]) + h, 1)[0] for w, h in places])
+
+
 def _out(config: EvaluateConfig) -> Path:
     if config.out is not None:
         return Path(config.out)
     checkpoint = Path(config.checkpoint)
-    return checkpoint / "evaluation" if checkpoint.is_dir() else Path("evaluations") / checkpoint.name
+    if checkpoint.is_dir():
+        return checkpoint / "evaluation"
+    return Path("evaluations") / checkpoint.name.replace(":", "-")
