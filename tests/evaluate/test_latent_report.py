@@ -17,6 +17,11 @@ def latents(*shape: int) -> np.ndarray:
     return (RNG.normal(size=(*shape, 6)) @ MIX + 3.0).astype(np.float32)
 
 
+@pytest.fixture(autouse=True)
+def _same_noise_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "RNG", np.random.default_rng(1))
+
+
 TRAIN = latents(20_000)
 WHITENING = Whitening.fit(TRAIN)
 
@@ -87,7 +92,7 @@ def test_region_share_and_radius_over_a_thousand_steps(change: str, inside: floa
     assert median[0] == pytest.approx(1.0, abs=0.1)
     assert share[-1] == pytest.approx(inside, abs=0.05)
     if np.isfinite(radius):
-        assert median[-1] == pytest.approx(radius, abs=0.15)
+        assert median[-1] == pytest.approx(radius, abs=0.15 * max(1.0, radius))  # a median of 200
     else:
         assert median[-1] > 1e6
 
