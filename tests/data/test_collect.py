@@ -175,10 +175,21 @@ def test_a_workers_mistake_reaches_the_caller(tmp_path: Path) -> None:
         collect(config(tmp_path / "a", env="three_room", workers=2))
 
 
-@pytest.mark.parametrize("change", [{"episodes": 0}, {"steps": 1}, {"seed": -1}, {"workers": 0}])
+@pytest.mark.parametrize("change", [{"test_steps": 10}, {"episodes": 0}, {"steps": 1}, {"seed": -1}, {"workers": 0}])
 def test_impossible_settings_are_refused(tmp_path: Path, change: dict[str, int]) -> None:
     with pytest.raises(WorldlineError, match=f"{next(iter(change))} must be at least"):
         config(tmp_path, **change)
+
+
+def test_test_episodes_may_be_longer(tmp_path: Path) -> None:
+    dataset, plain = (
+        open_dataset(collect(config(tmp_path / name, test_steps=steps))) for name, steps in (("a", 50), ("b", None))
+    )
+    assert {dataset.lengths[e] for e in dataset.split("test")} == {50}
+    assert {dataset.lengths[e] for name in ("train", "validation") for e in dataset.split(name)} == {20}
+    test = dataset.split("test")
+    assert test == plain.split("test")
+    assert np.array_equal(dataset.actions(test[0])[:19], plain.actions(test[0])[:19])
 
 
 def test_pictures_may_have_another_size_than_the_simulators_own(tmp_path: Path) -> None:

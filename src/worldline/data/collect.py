@@ -26,7 +26,7 @@ from worldline.core.errors import WorldlineError, require_at_least
 from worldline.core.files import atomic_path, read_json, write_json
 from worldline.core.progress import Task, progress
 from worldline.core.seeding import seed_for
-from worldline.data.lerobot import SIDECAR
+from worldline.data.lerobot import SIDECAR, split_episodes
 from worldline.data.lerobot_writer import DatasetWriter
 from worldline.data.simulators import Simulator, make_simulator
 from worldline.data.video import Segment, encode_segment, frame_rate
@@ -51,11 +51,16 @@ class CollectConfig:
     """Of everything drawn: episode i depends on (seed, i) only."""
     workers: int = 2
     """Processes."""
+    test_steps: int | None = None
+    """Frames in each episode of the test split, `steps` or more; None is `steps`. With 1,010 of them rollouts can be
+    followed to step 1,000."""
     image_size: int | None = None
     """Height and width of the pictures; None is the simulator's own, 64."""
 
     def __post_init__(self) -> None:
         require_at_least(self, {"episodes": 1, "steps": 2, "seed": 0, "workers": 1}, "collect: ")
+        if self.test_steps is not None and self.test_steps < self.steps:
+            raise WorldlineError(f"collect: test_steps must be at least steps {self.steps}, got {self.test_steps}")
         if self.image_size is not None and not 16 <= self.image_size <= 512:
             raise WorldlineError(f"collect: image_size must be 16 to 512 pixels, got {self.image_size}")
 
@@ -63,6 +68,11 @@ class CollectConfig:
         """Return what decides the content of the dataset."""
         decisive = {key: value for key, value in asdict(self).items() if key not in ("path", "workers")}
         return {key: value for key, value in decisive.items() if value is not None}
+
+    @property
+    def split_key(self) -> str:
+        """What decides the split of the episodes, beside their index."""
+        return f"{self.env}/{self.seed}"
 
 
 def collect(config: CollectConfig) -> Path:
@@ -94,8 +104,7 @@ def collect(config: CollectConfig) -> Path:
                     _collect_here(config, staging, missing, task)
                 else:
                     _collect_with_processes(config, staging, missing, task, lock)
-        split_key = f"{config.env}/{config.seed}"
-        with DatasetWriter(path, spec, split_key=split_key, collect=config.identity()) as writer:
+        with DatasetWriter(path, spec, split_key=config.split_key, collect=config.identity()) as writer:
             for episode in range(config.episodes):
                 segment, actions, state = _load(_staged(staging, episode))
                 writer.add_encoded(segment, actions, state, f"explore {config.env}")
@@ -150,11 +159,13 @@ class _Recorder:
         self._config, self._staging = config, staging
         self._simulator = make_simulator(config.env, config.image_size)
         self._rate = frame_rate(self._simulator.spec.step_seconds)
+        self._test = frozenset(split_episodes(config.split_key, config.episodes)["test"])
 
     def record(self, episode: int) -> None:
         config = self._config
         seed = seed_for(config.env, config.seed, "episode", episode)
-        arrays: dict[str, Any] = record_episode(self._simulator, seed, config.steps, self._rate)
+        steps = config.test_steps if config.test_steps and episode in self._test else config.steps
+        arrays: dict[str, Any] = record_episode(self._simulator, seed, steps, self._rate)
         with atomic_path(_staged(self._staging, episode)) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
 
