@@ -64,17 +64,17 @@ def train(config: TrainConfig) -> Path:
         WorldlineError: the data or the run directory do not fit, or the loss stopped being a finite number.
     """
     dataset = open_dataset(config.data)
-    with open_run(config, dataset.fingerprint) as finished, _threads(config.threads):
+    with open_run(config, dataset.fingerprint) as finished, threads(config.threads):
         if finished:
             print(f"{config.path}: this run is finished already")
         else:
-            training = _Training(config, dataset)  # decodes the frames: a damaged video ends here
+            training = Training(config, dataset)  # decodes the frames: a damaged video ends here
             record_run(config, dataset.fingerprint)
             training.run()
     return config.path
 
 
-class _Training:
+class Training:
     """A run in progress: the world, what optimises it, and how far it has come."""
 
     def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
@@ -117,19 +117,11 @@ class _Training:
     def _run_stage(self, task: Task) -> None:
         """Run the stage that the next update belongs to, to its end."""
         name, stage, first = stage_at(self.config, self.step)
-        self._enter(name, stage)
-        produce: Callable[[int], Any]
-        if name == "joint":
-            produce = JointWindows(self.cache, stage, self.config.model.context, self.config.seed, self.features)
-        else:
-            produce = FrozenWindows(self.cache, stage, self.world, self.config.seed)
-            if stage.excess_growth or stage.rollout_sigreg:
-                found = measure_geometry(produce.latents, stage.rollout, self.config.seed)
-                self.geometry = Geometry(*(tensor.to(self.config.device) for tensor in found))
+        produce = self.enter(name, stage)
         sums, count, mark, waited = Terms(), 0, time.perf_counter(), 0.0
         with Prefetcher(produce, first, stage.steps) as batches:
             for local, batch in enumerate(batches, start=first):
-                terms, gradient = self._update(name, stage, local, batch)
+                terms, gradient = self.update(name, stage, local, batch)
                 self.step += 1
                 for key, term in terms.items():
                     sums[key] = sums.get(key, torch.zeros((), device=term.device)) + term
@@ -148,7 +140,7 @@ class _Training:
                         self._checkpoint(name, stage, ends)
                     mark = time.perf_counter()
 
-    def _update(self, name: str, stage: StageConfig, local: int, batch: Any) -> tuple[Terms, float]:
+    def update(self, name: str, stage: StageConfig, local: int, batch: Any) -> tuple[Terms, float]:
         """Do one update; return its terms and the gradient's norm before clipping."""
         assert self.optimizer is not None
         device = torch.device(self.config.device)
@@ -181,8 +173,11 @@ class _Training:
             _follow(self.average, self.world, stage.ema)
         return {"loss": loss.detach()} | {key: term.detach() for key, term in terms.items()}, gradient
 
-    def _enter(self, name: str, stage: StageConfig) -> None:
-        """Set what a stage trains, with the optimiser's state where a checkpoint within the stage had one."""
+    def enter(self, name: str, stage: StageConfig) -> Callable[[int], Any]:
+        """Set what a stage trains, with the optimiser's state where a checkpoint within the stage had one.
+
+        Returns what makes the batch of an update, counted within the stage.
+        """
         joint = name == "joint"
         parts: list[tuple[nn.Module | None, float]] = [
             (self.world.encoder if joint else None, stage.lr_encoder),
@@ -205,6 +200,13 @@ class _Training:
             self._fit_gauge(self.world)
             if self.average is not None:
                 self.average.gauge.load_state_dict(self.world.gauge.state_dict())
+        if joint:
+            return JointWindows(self.cache, stage, self.config.model.context, self.config.seed, self.features)
+        produce = FrozenWindows(self.cache, stage, self.world, self.config.seed)
+        if stage.excess_growth or stage.rollout_sigreg:
+            found = measure_geometry(produce.latents, stage.rollout, self.config.seed)
+            self.geometry = Geometry(*(tensor.to(self.config.device) for tensor in found))
+        return produce
 
     def _checkpoint(self, name: str, stage: StageConfig, ends: bool) -> None:
         """Validate, decide whether this is the best so far, and save."""
@@ -345,7 +347,7 @@ def _without(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     if count:
         torch.set_num_threads(count)
