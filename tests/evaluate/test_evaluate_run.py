@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_dataset import QUICK, world_at
@@ -72,6 +73,12 @@ def test_evaluate_repeats_and_reports(dataset: Dataset, tmp_path: Path, capsys: 
     assert len(figures["long_rollouts"]["inside_curve"]) == 69
     assert len(figures["bound"]["error"]) == figures["windows"]["episodes"]
     assert figures["bound"]["held"] == 1.0
+    with np.load(first / "draws.npz") as draws:
+        assert draws["windows"].shape == (220, 2)
+        hri, h_star = figures["verdict"]["hri"]["10"], figures["verdict"]["h_star"]
+        expected = [hri["value"], hri["low"], hri["high"]]
+        assert np.allclose([draws["hri_10"][0], *np.percentile(draws["hri_10"][1:], (2.5, 97.5))], expected, atol=1e-5)
+        assert (h_star["steps"], len(draws["h_star"])) == (draws["h_star"][0], 101)
     assert "H*" in capsys.readouterr().out
     html = (first / "report.html").read_text()
     assert "prefers-color-scheme: dark" in html

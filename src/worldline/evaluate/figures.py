@@ -68,7 +68,8 @@ def _interval(interval: Interval | None) -> dict[str, float | None] | None:
 
 def _horizon(horizon: TrustHorizon, spec: WorldSpec) -> dict[str, Any]:
     # horizons count steps of the environment, whatever a model's frame skip
-    return asdict(horizon) | {
+    told = {key: value for key, value in asdict(horizon).items() if key != "draws"}
+    return told | {
         "environment_steps": horizon.steps,
         "seconds": round(horizon.steps * spec.step_seconds, 4),
     }

@@ -141,6 +141,8 @@ class TrustHorizon:
     """The factor that ends it; None when censored or not defined."""
     censored: bool
     """True when no factor ended it within T: H* is at least T."""
+    draws: Int[np.ndarray, " b"]
+    """`steps` of the sample, then of every draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,7 +395,7 @@ def _hri(rows: list[_FactorDraws], horizon: int) -> np.ndarray | None:
 
 def _trust_horizon(rows: Mapping[str, _FactorDraws], horizon: int, every: int) -> TrustHorizon:
     if not any(row.scored.any() for row in rows.values()):
-        return TrustHorizon(steps=0, low=0, high=0, ended_by=None, censored=False)
+        return TrustHorizon(steps=0, low=0, high=0, ended_by=None, censored=False, draws=np.zeros(1, dtype=int))
     first = {
         name: _first_failure(row.scored & (row.credit < TRUSTED_CREDIT), horizon) for name, row in rows.items()
     }  # (draws,) by factor
@@ -401,7 +403,9 @@ def _trust_horizon(rows: Mapping[str, _FactorDraws], horizon: int, every: int) -
     low, high = np.percentile(steps[1:], (2.5, 97.5), method="inverted_cdf")
     censored = bool(steps[0] >= horizon // every * every)
     ended_by = None if censored else min(first, key=lambda name: first[name][0])
-    return TrustHorizon(steps=int(steps[0]), low=int(low), high=int(high), ended_by=ended_by, censored=censored)
+    return TrustHorizon(
+        steps=int(steps[0]), low=int(low), high=int(high), ended_by=ended_by, censored=censored, draws=steps
+    )
 
 
 def _first_failure(failed: Bool[np.ndarray, "draws t"], horizon: int) -> Int[np.ndarray, " draws"]:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 
 from worldline.core.errors import WorldlineError
+from worldline.core.files import atomic_path
 from worldline.core.progress import progress
 from worldline.core.result import write_result
 from worldline.data.cache import FrameCache
@@ -178,11 +179,20 @@ def evaluate(config: EvaluateConfig) -> Path:
             }
         out = _out(config)
         out.mkdir(parents=True, exist_ok=True)
+        _write_draws(out / "draws.npz", windows, ours)
         write_result(out / "result.json", "evaluate", figures, {"seconds": round(time.monotonic() - started, 1)})
         write_report(out, figures, _scene(world, cache, windows, ours))
         task.advance(1, "written")
     print(headline(figures))
     return out
+
+
+def _write_draws(path: Path, windows: Windows, ours: Measurement) -> None:
+    """Keep the bootstrap draws: models scored on the same windows with the same seed are paired draw by draw."""
+    found = ours.reliability
+    draws = {f"hri_{t}": values for t, values in found.hri_draws.items()} | {"h_star": found.horizon.draws}
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, windows=windows.index, **draws)
 
 
 def _load(path: str, dataset: Dataset, config: EvaluateConfig) -> AnyWorld:
