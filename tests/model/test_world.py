@@ -1,5 +1,7 @@
 """The World protocol, for every encoder and predictor."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toy_world import SPEC, TINY
@@ -9,6 +11,8 @@ from worldline.model import State, World, WorldConfig
 
 CONFIGS = {
     "conv-gru": TINY,
+    "conv-gru-normalised": replace(TINY, projection="normalise"),
+    "conv-gru-quantised": replace(TINY, projection="quantise", levels=9),
     "vit-transformer": WorldConfig(
         image_size=32,
         latent_dim=24,
@@ -99,6 +103,25 @@ def test_teacher_forcing_in_one_go_equals_step_and_observe(world: World) -> None
         torch.testing.assert_close(world.step(state, actions[:, i]).z, at_once[:, i], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("projection", ["normalise", "quantise"])
+def test_projected_latents_stay_on_their_manifold(projection: str) -> None:
+    """After any number of steps, and the gradient still reaches the first latent."""
+    world = make_world(f"conv-gru-{projection}d")
+    z, actions = some(world)
+    z.requires_grad_(True)
+    rolled = world.rollout(world.begin(z[:, :4], actions[:, :3]), actions[:, 3:])
+    seen = world.encode(torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8))
+    for latents in (rolled, seen):
+        if projection == "normalise":
+            assert torch.allclose(latents.norm(dim=-1), torch.tensor(24.0).sqrt())
+        else:
+            assert torch.allclose(latents, (latents / 0.75).round() * 0.75, atol=1e-6)
+            assert latents.abs().max() <= 3
+            assert len(latents.detach().unique()) <= 9
+    (gradient,) = torch.autograd.grad(rolled[:, -1].sum(), z)
+    assert gradient.abs().sum() > 0
+
+
 def test_batch_rows_do_not_see_each_other(world: World) -> None:
     z, actions = some(world)
     z_hat = world.rollout(world.begin(z[:, :4], actions[:, :3]), actions[:, 3:])
@@ -161,7 +184,16 @@ def test_wrong_widths_are_refused(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"image_size": 50}, {"encoder": "mlp"}, {"context": 0}, {"vit_width": 100}, {"window": 1}]
+    "wrong",
+    [
+        {"image_size": 50},
+        {"encoder": "mlp"},
+        {"context": 0},
+        {"vit_width": 100},
+        {"window": 1},
+        {"projection": "ball"},
+        {"levels": 1},
+    ],
 )
 def test_wrong_configurations_are_refused(wrong: dict) -> None:
     with pytest.raises((WorldlineError, TypeError)):  # the type checker of the tests may be the first to see it

@@ -22,6 +22,9 @@ from worldline.model.predictor import GRUPredictor, TransformerPredictor
 from worldline.model.vit import ViTEncoder
 
 
+_REACH = 3.0  # latents are standardised
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
     """The sizes of a world. The defaults are the `tiny` world."""
@@ -34,6 +37,12 @@ class WorldConfig:
     """Real frames that `World.begin` wants."""
     latent_norm: bool = True
     """Standardise latents by a batch norm without scale and shift (foldable into the linear map before it)."""
+
+    projection: Literal["none", "normalise", "quantise"] = "none"
+    """Where every latent, encoded or imagined, is put back to: onto the sphere of radius sqrt(latent_dim), or onto
+    `levels` values in each dimension, from -3 to 3. What lies there already stays."""
+    levels: int = 31
+    """Of `projection=quantise`."""
 
     encoder: Literal["conv", "vit"] = "conv"
     conv_width: int = 16
@@ -70,6 +79,11 @@ class WorldConfig:
         if self.encoder not in ("conv", "vit") or self.predictor not in ("gru", "transformer"):
             raise WorldlineError(
                 f"encoder must be conv or vit, predictor gru or transformer, got {self.encoder!r}, {self.predictor!r}"
+            )
+        if self.projection not in ("none", "normalise", "quantise") or self.levels < 2:
+            raise WorldlineError(
+                "projection must be none, normalise or quantise, and levels at least 2, got "
+                f"{self.projection!r} and {self.levels}"
             )
         if self.context < 1 or self.window < 2:
             raise WorldlineError(f"context must be at least 1 and window 2, got {self.context}, {self.window}")
@@ -130,7 +144,7 @@ class World(nn.Module):
             )
         x = frames.reshape(-1, size, size, 3).permute(0, 3, 1, 2)  # channels last in memory, which convolutions like
         z: Tensor = self.latent_norm(self.encoder(x.float() / 127.5 - 1.0))
-        return z.reshape(*frames.shape[:-3], self.config.latent_dim)
+        return self._project(z.reshape(*frames.shape[:-3], self.config.latent_dim))
 
     def begin(self, z: Float[Tensor, "b c d"], actions: Float[Tensor, "b cm1 a"]) -> State:
         """Return the state after `c` real latents and the c - 1 actions between them; any c from 1 works."""
@@ -146,7 +160,8 @@ class World(nn.Module):
 
     def step(self, state: State, action: Float[Tensor, "b a"]) -> State:
         """Imagine one step: the new state's `z` is the predicted latent."""
-        return State(*self.predictor.advance(state.z, self.normalise_actions(action), state.memory))
+        z, memory = self.predictor.advance(state.z, self.normalise_actions(action), state.memory)
+        return State(self._project(z), memory)
 
     def observe(self, state: State, z: Float[Tensor, "b d"]) -> State:
         """Put a real latent in the place of the predicted one; the memory of the past stays."""
@@ -162,7 +177,7 @@ class World(nn.Module):
 
     def teacher_forced(self, z: Float[Tensor, "b t d"], actions: Float[Tensor, "b t a"]) -> Float[Tensor, "b t d"]:
         """Predict each latent's successor from the true latents so far: row i predicts z[:, i + 1]."""
-        return self.predictor.teacher_forced(z, self.normalise_actions(actions))
+        return self._project(self.predictor.teacher_forced(z, self.normalise_actions(actions)))
 
     def decode(self, z: Float[Tensor, "*b d"]) -> UInt8[Tensor, "*b h w 3"]:
         """Draw latents as pictures."""
@@ -195,6 +210,21 @@ class World(nn.Module):
                 f"got actions of shape {tuple(actions.shape)}"
             )
         return (actions - self.action_mean) / self.action_std
+
+    def _project(self, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """Put latents back onto the manifold that the config names; the gradient passes a quantiser unchanged.
+
+        Source: normalised at every step: V-JEPA 2-AC, arXiv 2506.09985; finite scalars: arXiv 2309.15505, here clipped
+        instead of squashed, so that a latent that lies on the grid stays where it is.
+        """
+        if self.config.projection == "normalise":
+            return nn.functional.normalize(z, dim=-1) * math.sqrt(self.config.latent_dim)
+        if self.config.projection == "quantise":
+            spacing = 2 * _REACH / (self.config.levels - 1)
+            z = z.clamp(-_REACH, _REACH)
+            on_grid = ((z + _REACH) / spacing).round() * spacing - _REACH
+            return z + (on_grid - z).detach()
+        return z
 
     def _require_latents(self, z: Tensor) -> None:
         if z.shape[-1:] != (self.config.latent_dim,):

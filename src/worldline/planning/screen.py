@@ -147,9 +147,12 @@ class Screen:
 
 
 def make_screen(world: World) -> Screen | None:
-    """Return a screen for `world`, or None where it would not pay: another predictor, or no bfloat16 instructions."""
+    """Return a screen for `world`, or None where it would not pay: no bfloat16 instructions, another predictor, or
+    latents that are projected at every step.
+    """
     on_cpu = world.action_mean.device.type == "cpu"
-    if isinstance(world.predictor, GRUPredictor) and on_cpu and _multiplies_bfloat16():
+    plain = isinstance(world.predictor, GRUPredictor) and world.config.projection == "none"
+    if plain and on_cpu and _multiplies_bfloat16():
         with torch.no_grad():
             return Screen(world)
     return None
