@@ -14,6 +14,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.nn.functional import all_reduce
 
+from worldline.train.characteristic import characteristic
+
 
 def scale_gradient(z: Float[Tensor, "*b d"], share: float) -> Float[Tensor, "*b d"]:
     """Return `z` itself, but let only `share` of the gradient through: share * z + (1 - share) * sg(z)."""
@@ -121,23 +123,21 @@ def sigreg(
     """
     _, n, d = z.shape
     u = torch.randn(d, projections, generator=generator, dtype=torch.float32).to(z.device)
-    y = z.float() @ (u / u.norm(dim=0))  # (g, n, p)
-    t = torch.linspace(0.0, t_max, knots, device=z.device)
-    gaussian = torch.exp(-t.square() / 2)
-    weights = torch.full_like(t, 2 * t_max / (knots - 1))
-    weights[0] = weights[-1] = t_max / (knots - 1)
-    distance = torch.zeros(y.shape[0], y.shape[2], device=z.device)
-    for k in range(1, knots):  # t = 0 adds nothing: both functions are 1 there
-        angle = t[k] * y
-        gap = (_sample_mean(angle.cos()) - gaussian[k]).square() + _sample_mean(angle.sin()).square()  # (g, p)
-        distance = distance + weights[k] * gaussian[k] * gap
-    return _ranks() * n * distance.mean()
+    with torch.autocast(z.device.type, enabled=False):  # bfloat16 has too few digits for angles
+        y = z.float() @ (u / u.norm(dim=0))  # (g, n, p)
+        spacing = t_max / (knots - 1)
+        t = spacing * torch.arange(1, knots, device=z.device)[:, None, None]  # t = 0 adds nothing: both are 1 there
+        gaussian = torch.exp(-t.square() / 2)
+        weights = 2 * spacing * gaussian
+        weights[-1] /= 2
+        cosines, sines = _over_ranks(characteristic(y, spacing, knots - 1)).unbind(1)  # (k, g, p)
+        distance = (weights * ((cosines - gaussian).square() + sines.square())).sum(dim=0)
+        return _ranks() * n * distance.mean()
 
 
-def _sample_mean(values: Float[Tensor, "g n p"]) -> Float[Tensor, "g p"]:
-    """Average over the samples of all ranks, differentiably."""
-    mean: Tensor = values.mean(dim=1)
-    return all_reduce(mean) / _ranks() if _ranks() > 1 else mean  # type: ignore[no-untyped-call]
+def _over_ranks(means: Tensor) -> Tensor:
+    """Average means of equally many samples over all ranks, differentiably."""
+    return all_reduce(means) / _ranks() if _ranks() > 1 else means  # type: ignore[no-untyped-call]
 
 
 def _ranks() -> int:
