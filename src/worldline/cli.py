@@ -129,6 +129,15 @@ def _load(reference: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def configure(name: str, overrides: list[str]) -> Any:
+    """Return the config dataclass of a command for options as they are typed.
+
+    Raises:
+        WorldlineError: an option is not one of the command's, or cannot have that value.
+    """
+    return _configure(_command(name), [], overrides)
+
+
 def _configure(command: Command, paths: list[str], overrides: list[str]) -> Any:
     """Return the command's config dataclass from its defaults, its YAML and the command line."""
     from worldline.config import build, did_you_mean, flatten

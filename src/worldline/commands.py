@@ -224,7 +224,7 @@ def _bench_play(config: Any, flags: set[str]) -> int:
     return 0
 
 
-def _bench_ablate(config: Any, flags: set[str]) -> int:
+def _ablate(config: Any, flags: set[str]) -> int:
     from worldline.bench.ablate import run
 
     started = time.monotonic()
@@ -403,6 +403,26 @@ COMMANDS: dict[str, Command] = {
             flags={"--verify": "Play it again and compare every frame."},
         ),
         Command(
+            name="ablate",
+            summary="a grid of recipes x worlds x seeds at equal compute: HRI, H*, planning, what each term buys",
+            about="""
+            Collects each world, gives every recipe the same minutes of one core, trains it with several seeds,
+            evaluates each run and plans with it, and compares them pair by pair on the same windows and starts. Hours
+            in all; start it again after an interruption, and what is finished is used again. Without options it makes
+            docs/reports/evaluation_results.md.
+            """,
+            examples=(
+                ("worldline ablate workers=2", "everything, two runs at a time"),
+                (
+                    "worldline ablate name=mine seeds=1 publish=null 'worlds=[\"two_room:\"]' "
+                    '\'variants=["base:","wide: model.hidden=768"]\'',
+                    "your own question, of one world",
+                ),
+            ),
+            run=_ablate,
+            config="worldline.bench.ablate:AblateConfig",
+        ),
+        Command(
             name="bench",
             summary="timings of this machine, with what they mean, written to reports/",
             about="""
@@ -451,22 +471,6 @@ COMMANDS: dict[str, Command] = {
             examples=(("worldline bench play seconds=20", "a shorter look"),),
             run=_bench_play,
             config="worldline.bench.play:PlayBenchConfig",
-        ),
-        Command(
-            name="bench ablate",
-            summary="the same training with one thing changed at a time: HRI, and HRI per CPU minute",
-            about="""
-            Trains and evaluates variants of one training in turn, an hour or more in all, so `worldline bench` leaves
-            it out. Start it again after an interruption: what is finished is used again. Without options it compares
-            resolutions, sizes and predictors on datasets/pusht96.
-            """,
-            examples=(
-                ("worldline collect env=pusht image_size=96 episodes=200 steps=200 path=datasets/pusht96", "the data"),
-                ("worldline bench ablate", "the variants of conf/bench_ablate.yaml"),
-                ('worldline bench ablate name=mine \'variants=["base:","wide: model.hidden=768"]\'', "your own"),
-            ),
-            run=_bench_ablate,
-            config="worldline.bench.ablate:AblateConfig",
         ),
     )
 }

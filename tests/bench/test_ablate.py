@@ -1,44 +1,73 @@
-"""The comparison of variants: what it refuses, and that its figures are those of the evaluations."""
+"""The grid of trainings, for real: what it refuses, that its figures are the runs' own, that a failure is told."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from worldline.bench.ablate import AblateConfig, _report, _row, run
+from worldline.bench.ablate import AblateConfig, run
 from worldline.core.errors import WorldlineError
+from worldline.core.files import read_json
+
+BASE = (
+    "model.latent_dim=8 model.hidden=16 frozen.grounding=0 frozen.motion=0 joint.features=0 joint.loose_frames=0 "
+    "joint.batch=4 joint.pixel_frames=4 frozen.batch=4 frozen.rollout=12 frozen.rollout_start=0 validation_windows=4"
+)
+GRID = AblateConfig(
+    worlds=("two_room: episodes=60 steps=60",),
+    variants=("ours:", "lewm: objective=lewm frozen.steps=0"),
+    terms=("broken: joint.lr_encoder=1e20 joint.lr_predictor=1e20",),
+    base=BASE,
+    seeds=1,
+    minutes=0.08,
+    workers=2,
+    publish="docs/published.md",
+    evaluate="horizon=10 windows=200 draws=100 train_frames=500 validation_frames=200",
+    plan="offsets=[5,10] starts=3 planner_seeds=2 planner.samples=8 planner.iterations=2 planner.elites=2 "
+    "planner.steps=3 oracle_planner.samples=4 oracle_planner.iterations=1 oracle_planner.elites=2 "
+    "oracle_planner.steps=2",
+)
 
 
 @pytest.mark.parametrize("variants", [(), ("base:",), ("base:", "model.hidden=3"), ("base:", ": model.hidden=3")])
 def test_variants_want_names(variants: tuple[str, ...]) -> None:
     with pytest.raises(WorldlineError, match="variant"):
-        AblateConfig(variants=variants)
+        AblateConfig(worlds=("two_room:",), variants=variants)
 
 
-def test_a_variant_that_fails_stops_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grid_is_trained_once_and_told_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(WorldlineError, match="worldline train ended with status 2"):
-        run(AblateConfig(data="nothing-here", variants=("base:", "wide: model.hidden=768")))
-    assert not list(tmp_path.rglob("report.md"))
+    with pytest.MonkeyPatch.context() as nothing_yet:
+        nothing_yet.setattr("worldline.bench.ablate._finish", lambda *_: "not now")
+        with pytest.raises(WorldlineError, match="every run failed"):
+            run(GRID)
+    report = run(GRID)
+    result = read_json(report.parent / "result.json")
+    assert [(row["variant"], row["seed"]) for row in result["runs"]] == [("ours", 0), ("lewm", 0)]
+    assert list(result["failures"]) == ["two_room broken 0"]
+    assert "training stopped at step" in result["failures"]["two_room broken 0"]
 
+    places = {name: Path(f"runs/ablate/two_room/{name}-0") for name in ("ours", "lewm")}
+    for row in result["runs"]:
+        place = places[row["variant"]]
+        told = read_json(place / "evaluation/result.json")
+        assert row["hri"] == told["verdict"]["hri"]["10"]
+        assert row["error"] == told["latents"]["error"]
+        assert row["success"]["10"] == read_json(place / "planning/result.json")["success"]["world"]["10"]["value"]
+    ours, lewm = result["runs"]
+    assert lewm["updates"][1] == 0
+    assert min(*ours["updates"], lewm["updates"][0]) > 1, "the minutes are shared out"
+    (pair,) = result["pairs"]
+    assert pair["hri"]["value"] == pytest.approx(ours["hri"]["value"] - lewm["hri"]["value"], abs=2e-5)
+    draws = [np.load(places[name] / "evaluation/draws.npz")["hri_10"][1:] for name in ("ours", "lewm")]
+    assert pair["hri"]["low"] == pytest.approx(np.percentile(draws[0] - draws[1], 2.5), abs=1e-5)
+    assert pair["success"]["5"]["value"] == pytest.approx(ours["success"]["5"] - lewm["success"]["5"], abs=1e-4)
+    assert set(result["oracle"]["two_room"]) == {"5", "10"}
+    for text in (report.read_text(), Path("docs/published.md").read_text()):
+        assert "two_room broken 0: training stopped at step" in text
+        assert f"| lewm | {lewm['hri']['value']:.2f}" in text
+    assert Path("docs/published-frontier.svg").read_text().startswith("<svg")
 
-def test_the_report_divides_by_each_variants_own_minutes() -> None:
-    def evaluation(value: float, r: list[float | None]) -> dict:
-        curves = {"r": r}
-        verdict = {"valid": value > 0, "hri": {"1": None, "10": {"value": value}}}
-        return {"verdict": verdict, "factors": {"agent": curves}}
-
-    rows = [
-        _row("base", "", 2.0, evaluation(0.5, [0.97, *[0.5] * 9, 0.9])),
-        _row("wide", "model.hidden=768", 4.0, evaluation(0.0, [0.97, *[None] * 10])),
-    ]
-    text = _report(
-        {
-            "data": "d",
-            "base": "joint.steps=1",
-            "variants": [row["figures"] for row in rows],
-            "timing": {"cpu_minutes": {row["name"]: row["cpu_minutes"] for row in rows}},
-            "provenance": {"commit": "c", "command": "x", "machine": {"processor": "p", "cores": 2}},
-        }
-    )
-    assert "| base |  | 2.0 | n/a | 0.50 | 0.250 | 0.97, 0.50, 0.90 |" in text
-    assert "| wide (invalid) | `model.hidden=768` | 4.0 | n/a | 0.00 | 0.000 | 0.97, n/a, n/a |" in text
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("result.json")}
+    run(GRID)
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("result.json")} == before

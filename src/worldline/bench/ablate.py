@@ -1,144 +1,249 @@
-"""The same training with one thing changed at a time: what each variant reaches, and what a CPU minute of it buys."""
+"""A grid of recipes x worlds x seeds at equal compute: trained, evaluated, planned with, and compared."""
 
 from __future__ import annotations
 
-import resource
+import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from worldline.core.errors import WorldlineError
-from worldline.core.files import read_json, write_bytes, write_json
+from worldline.bench.ablate_report import summarise, write_report
+from worldline.cli import configure
+from worldline.core.errors import WorldlineError, require_at_least
+from worldline.core.files import read_json, write_json
+from worldline.core.progress import progress
 from worldline.core.result import write_result
+from worldline.train.cost import measure_costs
+
+_COST_ROUNDS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class AblateConfig:
-    """What to train, and how its variants differ."""
+    """What to train on what, how often, and for how long. Everything finished is used again."""
 
-    data: str = "datasets/pusht"
-    """A dataset with a reference pack."""
     name: str = "ablate"
-    """The report is `reports/DATE-NAME`, the runs are in `runs/NAME`; finished runs are used again."""
-    base: str = ""
-    """Options of `worldline train` that every variant has."""
+    """Datasets are in `datasets/NAME`, runs in `runs/NAME`, the result in `reports/DATE-NAME`."""
+    worlds: tuple[str, ...] = ()
+    """`NAME: OPTIONS` each, the options of `worldline collect`."""
     variants: tuple[str, ...] = ()
-    """`NAME: OPTIONS` each, the options of `worldline train` that differ; none for the base itself."""
+    """`NAME: OPTIONS` each, the options of `worldline train`. The others are compared with the first."""
+    terms: tuple[str, ...] = ()
+    """More variants, trained with the first `term_seeds` seeds only: what one term buys."""
+    seeds: int = 5
+    """Trainings of each variant on each world."""
+    term_seeds: int = 1
+    """The same for `terms`."""
+    base: str = ""
+    """Options of `worldline train` that every run has."""
+    minutes: float | None = 5.0
+    """Time that each training gets on an idle machine: the numbers of updates follow from what one costs. null takes
+    the numbers of updates as the options give them."""
+    joint_share: float = 0.6
+    """Share of the minutes for the joint stage of variants with two stages; a variant with `frozen.steps=0` has one."""
+    references: str = ""
+    """Options of `worldline references`."""
+    evaluate: str = ""
+    """Options of `worldline evaluate`."""
+    plan: str | None = None
+    """Options of `worldline plan`; null leaves planning out. The oracle plans once for each world."""
+    workers: int = 1
+    """Runs at a time, one CPU thread each."""
     reports: str = "reports"
     """Where `DATE-NAME/` is written."""
+    publish: str | None = None
+    """Where the report is written as well, with its figures beside it."""
 
     def __post_init__(self) -> None:
-        if len(self.variants) < 2:
+        require_at_least(self, {"seeds": 1, "term_seeds": 0, "workers": 1}, "ablate: ")
+        if not self.worlds or len(self.variants) + len(self.terms) < 2:
             raise WorldlineError(
-                "bench ablate compares at least two variants, such as 'base:' and 'wide: model.hidden=768'"
+                "ablate compares at least two variants on at least one world, such as worlds=['two_room:'] and "
+                "variants=['drift_aware:', 'lewm: objective=lewm']"
             )
-        if unnamed := [text for text in self.variants if not text.partition(":")[0].strip() or ":" not in text]:
-            raise WorldlineError(f"a variant is 'NAME: OPTIONS', got {unnamed[0]!r}")
+        for text in (*self.worlds, *self.variants, *self.terms):
+            if not text.partition(":")[0].strip() or ":" not in text:
+                raise WorldlineError(f"ablate: a world or variant is 'NAME: OPTIONS', got {text!r}")
+        if (self.minutes is not None and self.minutes <= 0) or not 0 < self.joint_share < 1:
+            raise WorldlineError(
+                f"ablate: minutes must be positive and joint_share between 0 and 1, got {self.minutes} and "
+                f"{self.joint_share}"
+            )
+
+
+class Run(NamedTuple):
+    """One training of the grid."""
+
+    world: str
+    variant: str
+    seed: int
+    options: str
+    """Of its variant."""
+    steps: dict[str, int]
+    """Updates of each stage; empty where the options decide."""
+    place: Path
+
+    @property
+    def title(self) -> str:
+        return f"{self.world} {self.variant} {self.seed}"
 
 
 def run(config: AblateConfig) -> Path:
-    """Train and evaluate every variant in turn; write `result.json` and `report.md`, and return the report's path.
+    """Run the grid; write `result.json`, `report.md` and figures, and return the report's path.
+
+    A run that fails is part of the result, with its message. After an interruption the same call goes on.
 
     Raises:
-        WorldlineError: a variant's training or evaluation failed; its own message stands above.
+        WorldlineError: a dataset or its references could not be made, or no run succeeded.
     """
-    rows = []
-    for text in config.variants:
-        name, _, options = (part.strip() for part in text.partition(":"))
-        place = Path("runs") / config.name / name.replace(" ", "-")
-        minutes = _train(place, config, options)
-        out = place / "evaluation"
-        if not (out / "result.json").exists():
-            _worldline("evaluate", str(place), f"data={config.data}", f"out={out}")
-        rows.append(_row(name, options, minutes, read_json(out / "result.json")))
+    root, data = Path("runs") / config.name, Path("datasets") / config.name
+    worlds = dict(_named(text) for text in config.worlds)
+    for world, options in worlds.items():
+        _prepare(config, data / world, world, options)
+    runs, costs = [], {}
+    failures: dict[str, str] = {}
+    for world in worlds:
+        costs[world] = _costs(config, root / world, data / world) if config.minutes else {}
+        for seed in range(max(config.seeds, config.term_seeds)):
+            for text in _variants_of(config, seed):
+                variant, options = _named(text)
+                place = root / world / f"{variant.replace(' ', '-')}-{seed}"
+                each = Run(world, variant, seed, options, {}, place)
+                cost = costs[world].get(variant, {})
+                if isinstance(cost, str):
+                    failures[each.title] = cost
+                else:
+                    runs.append(each._replace(steps=_steps(config, cost)))
+    runs.sort(key=lambda each: each.seed)  # all of one seed before any of the next, so that half a grid says something
+    with progress(f"ablate {config.name}", len(runs)) as task, ThreadPoolExecutor(config.workers) as pool:
+        for each, failure in zip(runs, pool.map(lambda one: _finish(config, data / one.world, one), runs), strict=True):
+            if failure:
+                failures[each.title] = failure
+            task.advance(1, f"{each.title} {'failed' if failure else 'done'}")
+    finished = [each for each in runs if each.title not in failures]
+    if not finished:
+        raise WorldlineError(f"ablate: every run failed, the first with: {next(iter(failures.values()))}")
+    for world in worlds if config.plan is not None else ():
+        _oracle(config, data / world, next(each for each in finished if each.world == world))
+    figures = {
+        "config": asdict(config),
+        "costs": costs,
+        "failures": failures,
+        **summarise([each._asdict() for each in finished], config.plan is not None),
+    }
     folder = Path(config.reports) / f"{date.today():%Y-%m-%d}-{config.name}"
-    figures = {"data": config.data, "base": config.base, "variants": [row["figures"] for row in rows]}
-    write_result(
-        folder / "result.json", "bench-ablate", figures, {"cpu_minutes": {r["name"]: r["cpu_minutes"] for r in rows}}
-    )
-    report = folder / "report.md"
-    write_bytes(report, _report(read_json(folder / "result.json")).encode())
+    write_result(folder / "result.json", "ablate", figures, {})
+    report = write_report(folder, read_json(folder / "result.json"))
+    if config.publish:
+        published = Path(config.publish)
+        write_report(published.parent, read_json(folder / "result.json"), published.name)
     return report
 
 
-def _train(place: Path, config: AblateConfig, options: str) -> float:
-    """Train a variant and return its CPU minutes, all starts of an interrupted one together."""
-    spent = place.with_name(f"{place.name}.cpu-minutes.json")  # beside the run, whose directory is its own
-    before = read_json(spent) if spent.exists() else 0.0
-    finished, started = (place / "result.json").exists(), _cpu_minutes()
-    try:  # a finished run is returned as it is, or refused if its options were others
-        _worldline("train", f"data={config.data}", f"path={place}", *config.base.split(), *options.split())
-    finally:
-        total = before if finished else before + _cpu_minutes() - started
-        write_json(spent, total)
-    return float(total)
+def _named(text: str) -> tuple[str, str]:
+    name, _, options = text.partition(":")
+    return name.strip(), options.strip()
 
 
-def _worldline(*arguments: str) -> None:
-    print("worldline " + " ".join(arguments), flush=True)
-    done = subprocess.run([sys.executable, "-m", "worldline", *arguments], check=False)
+def _variants_of(config: AblateConfig, seed: int) -> tuple[str, ...]:
+    return (config.variants if seed < config.seeds else ()) + (config.terms if seed < config.term_seeds else ())
+
+
+def _prepare(config: AblateConfig, path: Path, world: str, options: str) -> None:
+    _worldline("collect", f"env={world}", f"path={path}", *options.split())
+    if not (path / "references").exists():
+        _worldline("references", str(path), *config.references.split())
+
+
+def _train_options(config: AblateConfig, data: Path, options: str) -> list[str]:
+    return [f"data={data}", *config.base.split(), *options.split()]
+
+
+def _costs(config: AblateConfig, place: Path, data: Path) -> dict[str, Any]:
+    """Measure what an update of each variant costs, in rounds over all of them; kept, since runs depend on it.
+
+    A variant that fails has its message instead.
+    """
+    path = place / "costs.json"
+    known = read_json(path) if path.exists() else {}
+    missing = [_named(text) for text in (*config.variants, *config.terms) if _named(text)[0] not in known]
+    rounds: dict[str, list[dict[str, dict[str, float]]]] = {}
+    for _ in range(_COST_ROUNDS if missing else 0):
+        for variant, options in missing:
+            words = [*_train_options(config, data, options), f"path={place / 'costs'}"]
+            try:
+                costs = measure_costs(configure("train", words))
+            except WorldlineError as error:
+                known[variant] = str(error)
+            else:
+                rounds.setdefault(variant, []).append({stage: cost._asdict() for stage, cost in costs.items()})
+    for variant, found in rounds.items():
+        known[variant] = {
+            stage: {key: statistics.median(each[stage][key] for each in found) for key in found[0][stage]}
+            for stage in found[0]
+        }
+    if missing:
+        write_json(path, {variant: cost for variant, cost in known.items() if not isinstance(cost, str)})
+    return dict(known)
+
+
+def _steps(config: AblateConfig, cost: dict[str, dict[str, float]]) -> dict[str, int]:
+    """Return the updates of each stage that fit into the minutes."""
+    if config.minutes is None:
+        return {}
+    shares = {"joint": config.joint_share, "frozen": 1 - config.joint_share}
+    if len(cost) == 1:
+        shares = dict.fromkeys(cost, 1.0)
+    seconds = 60 * config.minutes - sum(stage["prepare_seconds"] for stage in cost.values())
+    return {name: max(1, round(shares[name] * seconds / stage["update_seconds"])) for name, stage in cost.items()}
+
+
+def _finish(config: AblateConfig, data: Path, run: Run) -> str | None:
+    """Train, evaluate and plan, each unless it is done; return why it failed, if it did."""
+    steps = [f"{stage}.steps={count}" for stage, count in run.steps.items()]
+    options = _train_options(config, data, run.options)
+    out, planning = run.place / "evaluation", run.place / "planning"
+    try:
+        if not (run.place / "result.json").exists():
+            _worldline("train", *options, *steps, f"path={run.place}", f"seed={run.seed}", log=run.place)
+        if not (out / "result.json").exists():
+            words = config.evaluate.split()
+            _worldline("evaluate", str(run.place), f"data={data}", f"out={out}", *words, log=run.place)
+        if config.plan is not None and not (planning / "result.json").exists():
+            words = [f"data={data}", f"out={planning}", "oracle=false", *config.plan.split()]
+            _worldline("plan", str(run.place), *words, log=run.place)
+    except WorldlineError as error:
+        return str(error)
+    return None
+
+
+def _oracle(config: AblateConfig, data: Path, run: Run) -> None:
+    """Plan with the true dynamics, too, on the starts that all runs of a world share."""
+    out = run.place / "planning"
+    if "oracle" not in read_json(out / "result.json")["success"]:
+        assert config.plan is not None
+        _worldline("plan", str(run.place), f"data={data}", f"out={out}", "oracle=true", *config.plan.split())
+
+
+def _worldline(*arguments: str, log: Path | None = None) -> None:
+    """Run a command of worldline, what it says to the screen or to the end of `log`.log.
+
+    Raises:
+        WorldlineError: it failed; with the last line that it wrote.
+    """
+    command = [sys.executable, "-m", "worldline", *arguments]
+    if log is None:
+        done = subprocess.run(command, check=False)
+        said = "its message stands above"
+    else:
+        path = log.with_name(f"{log.name}.log")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            done = subprocess.run(command, check=False, stdout=file, stderr=subprocess.STDOUT)
+        said = (path.read_text().strip().splitlines() or ["nothing"])[-1]
     if done.returncode:
-        raise WorldlineError(f"worldline {arguments[0]} ended with status {done.returncode}; mend it and start again")
-
-
-def _cpu_minutes() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (used.ru_utime + used.ru_stime) / 60
-
-
-def _row(name: str, options: str, minutes: float, result: dict[str, Any]) -> dict[str, Any]:
-    verdict, factors = result["verdict"], result["factors"]
-    figures = {
-        "name": name,
-        "options": options,
-        "valid": verdict["valid"],
-        # None where no factor is scored up to that step
-        "hri": {horizon: interval and interval["value"] for horizon, interval in verdict["hri"].items()},
-        "factors": {factor: {"r": curves["r"]} for factor, curves in factors.items()},
-    }
-    return {"name": name, "cpu_minutes": minutes, "figures": figures}
-
-
-def _report(result: dict[str, Any]) -> str:
-    made, minutes = result["provenance"], result["timing"]["cpu_minutes"]
-    factors = list(result["variants"][0]["factors"])
-    horizons = list(result["variants"][0]["hri"])
-    heads = ["variant", "options", "CPU min", *(f"HRI_{h}" for h in horizons), f"HRI_{horizons[-1]} / CPU min"]
-    heads += [f"{factor} R at 0, {', '.join(horizons)}" for factor in factors]
-    lines = [
-        f"# Variants on {result['data']}",
-        "",
-        f"Every variant: `worldline train {result['base']}` with its own options; commit {made['commit']}, "
-        f"{made['machine']['processor']}, {made['machine']['cores']} cores.",
-        "",
-        "| " + " | ".join(heads) + " |",
-        "|" + "---|" * len(heads),
-    ]
-    for row in result["variants"]:
-        hri = [row["hri"][h] for h in horizons]
-        cells = [row["name"], f"`{row['options']}`" if row["options"] else "", f"{minutes[row['name']]:.1f}"]
-        each = None if hri[-1] is None else hri[-1] / minutes[row["name"]]
-        cells += [*(_shown(value) for value in hri), _shown(each, 3)]
-        for factor in factors:
-            curve = row["factors"][factor]
-            at = [curve["r"][h] for h in (0, *map(int, horizons))]
-            cells.append(", ".join(_shown(value) for value in at))
-        if not row["valid"]:
-            cells[0] += " (invalid)"
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "R is read through each variant's own probe, on windows in which the factor moved; at 0 it is the encoder's "
-        "own limit. One seed each: differences of a few hundredths mean nothing. CPU minutes are of the training.",
-        "",
-        f"Again: `{made['command']}`",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _shown(value: float | None, digits: int = 2) -> str:
-    return "n/a" if value is None else f"{value:.{digits}f}"
+        raise WorldlineError(f"worldline {arguments[0]} ended with status {done.returncode}: {said}")

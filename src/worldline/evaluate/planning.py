@@ -236,6 +236,10 @@ def _figures(
         "starts": {str(s.offset): s.index.tolist() for s in chosen},
         "solved_removed": {str(s.offset): s.num_solved for s in chosen},
         "budget_steps": {str(s.offset): budget for s, budget in zip(chosen, budgets, strict=True)},
+        "reached": {
+            name: {str(s.offset): values.astype(bool).tolist() for s, values in zip(chosen, rows, strict=True)}
+            for name, rows in success.items()
+        },
         "success": {name: _by_offset(config, chosen, values) for name, values in success.items()},
         "differences": {
             f"world minus {other}": _by_offset(

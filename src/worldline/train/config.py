@@ -69,8 +69,9 @@ class StageConfig:
     """Weight of telling the action from two rolled-out latents in a row, by the head that `inverse_dynamics` trains on
     real ones (the frozen stage only)."""
 
-    error: Literal["l2", "l1"] = "l2"
-    """Squared or absolute latent errors in `one_step` and `own_rollout`."""
+    error: Literal["l2", "l1", "log"] = "l2"
+    """Squared or absolute latent errors in `one_step` and `own_rollout`, or the logarithm of each step's mean squared
+    error, by which early steps count as much as late ones."""
     pushforward_noise: float = 0.0
     """Standard deviation of the noise on the real latents that the predictor is given, so that it learns to correct."""
     prediction_share: float = 0.03

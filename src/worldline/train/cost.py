@@ -7,7 +7,6 @@ import statistics
 import time
 from typing import NamedTuple
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from worldline.data.lerobot import open_dataset

@@ -103,7 +103,7 @@ class Training:
         }
 
     def run(self) -> None:
-        started = time.monotonic()
+        started, spent = time.monotonic(), time.thread_time()
         self._restore()
         resumed_at = self.step
         total = total_steps(self.config)
@@ -112,7 +112,8 @@ class Training:
                 self._run_stage(task)
             if self.step < total:
                 self._run_stage(task)
-        self._finish(started, resumed_at)
+        timing = {"seconds": time.monotonic() - started, "thread_seconds": time.thread_time() - spent}
+        self._finish(timing | {"resumed_at": resumed_at})
 
     def _run_stage(self, task: Task) -> None:
         """Run the stage that the next update belongs to, to its end."""
@@ -259,8 +260,8 @@ class Training:
     def _log(self, file: str, line: dict[str, Any]) -> None:
         append_line(self.config.path / file, {"step": self.step, **line})
 
-    def _finish(self, started: float, resumed_at: int) -> None:
-        """Write the result, and say what lies where."""
+    def _finish(self, timing: dict[str, float]) -> None:
+        """Write the result, with the time since `resumed_at`, and say what lies where."""
         lines = [json.loads(line) for line in (self.config.path / METRICS).read_text().splitlines()]
         validations = {line["step"]: line["validation"] for line in lines if "validation" in line}
         best = load_world(self.config.path)
@@ -273,7 +274,6 @@ class Training:
             "data": self.card["data"],
             "config": self.config.to_json(),
         }
-        timing = {"seconds": time.monotonic() - started, "resumed_at": resumed_at}
         write_result(self.config.path / RESULT, "training", figures, timing)
         shown = ", ".join(
             f"{k} {v:.4f}" for k, v in figures["validation"].items() if k.startswith(("rollout", "error"))

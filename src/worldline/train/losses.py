@@ -26,13 +26,13 @@ def scale_gradient(z: Float[Tensor, "*b d"], share: float) -> Float[Tensor, "*b 
     return z.detach() + share * (z - z.detach())
 
 
-Norm = Literal["l2", "l1"]
+Norm = Literal["l2", "l1", "log"]
 
 
 def one_step(z_hat: Float[Tensor, "b t d"], z: Float[Tensor, "b t d"], norm: Norm = "l2") -> Float[Tensor, ""]:
     """Return the teacher-forced error: mean of (z_hat_i - z_i)^2, z_hat_i predicted from the true past of z_i.
 
-    `l1` takes |z_hat_i - z_i|.
+    `l1` takes |z_hat_i - z_i|, `log` what it does in `own_rollout`.
     Source: LeWM, arXiv 2603.19312, the prediction term; l1: V-JEPA 2-AC, arXiv 2506.09985.
     """
     return _error(z_hat, z, norm)
@@ -42,7 +42,9 @@ def own_rollout(z_hat: Float[Tensor, "b t d"], z: Float[Tensor, "b t d"], norm: 
     """Return the open-loop error: mean over t of (z_hat_t - z_t)^2, z_hat_t predicted from z_hat_{t-1}.
 
     The errors' gradients run through the whole rollout, so that a step learns what it does to the steps after it.
-    `l1` takes |z_hat_t - z_t|.
+    `l1` takes |z_hat_t - z_t|. `log` takes the mean over t of log e_t, e_t the batch's mean squared error at step t:
+    its gradient is that of the squared errors with weights 1 / e_t, so that a hundredth part of the error counts as
+    much at the first step, where errors are small, as at the last.
     Source: multi-step latent losses as in PlaNet, arXiv 1811.04551 (latent overshooting), here without its noise.
     """
     return _error(z_hat, z, norm)
@@ -50,6 +52,8 @@ def own_rollout(z_hat: Float[Tensor, "b t d"], z: Float[Tensor, "b t d"], norm: 
 
 def _error(z_hat: Tensor, z: Tensor, norm: Norm) -> Tensor:
     gap = z_hat - z
+    if norm == "log":
+        return gap.float().square().mean(dim=(0, 2)).clamp(min=1e-8).log().mean()
     return gap.abs().mean() if norm == "l1" else gap.square().mean()
 
 

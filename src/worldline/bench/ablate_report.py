@@ -1,0 +1,310 @@
+"""What a grid of trainings shows: every run in figures, pairs compared, as `result.json`, report and pictures."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from worldline.core.errors import WorldlineError
+from worldline.core.files import read_json, write_bytes
+from worldline.evaluate.reliability import DRAWS, Bootstrap, interval, rank_correlation
+
+
+def summarise(runs: list[dict[str, Any]], planned: bool) -> dict[str, Any]:
+    """Return what the finished runs reached, and each variant against the first, world by world and seed by seed."""
+    horizon = min(max(map(int, read_json(run["place"] / "evaluation/result.json")["verdict"]["hri"])) for run in runs)
+    rows = [_row(run, horizon, planned) for run in runs]
+    ours = rows[0]["variant"]
+    worlds, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("world", "variant"))
+    pairs = []
+    for world in worlds:
+        here = {(run["variant"], run["seed"]): run["place"] for run in runs if run["world"] == world}
+        table = {(row["variant"], row["seed"]): row for row in rows if row["world"] == world}
+        for variant in variants[1:]:
+            seeds = [seed for name, seed in here if name == variant and (ours, seed) in here]
+            if seeds:
+                places = [(here[ours, seed], here[variant, seed]) for seed in seeds]
+                both = [(table[ours, seed], table[variant, seed]) for seed in seeds]
+                pairs.append(
+                    {"world": world, "variant": variant, "seeds": seeds, **_pair(places, both, horizon, planned)}
+                )
+    oracle = {world: _oracle(run["place"] for run in runs if run["world"] == world) for world in worlds}
+    return {
+        "horizon": horizon,
+        "ours": ours,
+        "runs": rows,
+        "pairs": pairs,
+        "oracle": {world: rates for world, rates in oracle.items() if rates},
+        "success_correlation": _correlation(rows) if planned else None,
+    }
+
+
+def _row(run: dict[str, Any], horizon: int, planned: bool) -> dict[str, Any]:
+    place: Path = run["place"]
+    trained, found = read_json(place / "result.json"), read_json(place / "evaluation/result.json")
+    verdict, latents, long = found["verdict"], found["latents"], found["long_rollouts"]
+    row = {
+        "world": run["world"],
+        "variant": run["variant"],
+        "seed": run["seed"],
+        "updates": [trained["config"][stage]["steps"] for stage in ("joint", "frozen")],
+        "seconds": round(trained["timing"]["seconds"], 1),
+        "thread_seconds": round(trained["timing"]["thread_seconds"], 1),
+        "weights_sha256": found["model"]["weights_sha256"],
+        "invalid": verdict["invalid"],
+        "hri": verdict["hri"][str(horizon)],
+        "h_star": {key: verdict["h_star"][key] for key in ("steps", "low", "high", "ended_by", "censored")},
+        "growth": latents["growth_e100_e10"],
+        "error": latents["error"],
+        "long_steps": long["steps"],
+        "inside": long["inside"][-1],
+        "inside_curve": long["inside_curve"][:: max(1, long["steps"] // 100)],
+        "median_radius": long["median_radius"][-1],
+        "factors": {
+            name: {
+                "r": factor["r"],
+                "credit": factor["mean_credit"],
+                "kept": factor["gates"]["g1"]["probe_r2"],
+                "canonical": factor["gates"]["g1"]["canonical_r2"],
+            }
+            for name, factor in found["factors"].items()
+        },
+    }
+    if planned:
+        success = read_json(place / "planning/result.json")["success"]["world"]
+        row["success"] = {offset: rate["value"] for offset, rate in success.items()}
+    return row
+
+
+def _pair(
+    places: list[tuple[Path, Path]],
+    rows: list[tuple[dict[str, Any], dict[str, Any]]],
+    horizon: int,
+    planned: bool,
+) -> dict[str, Any]:
+    """Compare two variants on the same windows and starts; intervals are over episodes, of the mean over seeds."""
+    draws = [tuple(_draws(place) for place in pair) for pair in places]
+    key = f"hri_{horizon}"
+    defined = all(key in a and key in b for a, b in draws)
+    found: dict[str, Any] = {
+        "hri": _mean_difference([(a[key], b[key]) for a, b in draws]) if defined else None,
+        "h_star": _mean_difference([(a["h_star"], b["h_star"]) for a, b in draws]),
+        "h_star_each": [[a["h_star"]["steps"], b["h_star"]["steps"]] for a, b in rows],
+        "growth_ratio_each": [a["growth"] / b["growth"] if a["growth"] and b["growth"] else None for a, b in rows],
+    }
+    if planned:
+        plans = [tuple(read_json(place / "planning/result.json") for place in pair) for pair in places]
+        offsets = plans[0][0]["reached"]["world"]
+        found["success"] = {
+            offset: _mean_difference([_reached_draws(a, b, offset) for a, b in plans]) for offset in offsets
+        }
+    return found
+
+
+def _draws(place: Path) -> dict[str, np.ndarray]:
+    with np.load(place / "evaluation/draws.npz") as saved:
+        return dict(saved)
+
+
+def _mean_difference(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """Return the interval of the mean over seeds of ours minus theirs, and each seed's own difference."""
+    rows = [np.subtract(*np.broadcast_arrays(ours, theirs)).astype(float) for ours, theirs in pairs]
+    return {**_rounded(np.mean(rows, axis=0)), "each": [round(float(row[0]), 5) for row in rows]}
+
+
+def _rounded(rows: Float[np.ndarray, " draws"]) -> dict[str, float]:
+    return {key: round(value, 5) for key, value in asdict(interval(rows)).items()}
+
+
+def _reached_draws(ours: dict[str, Any], theirs: dict[str, Any], offset: str) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Raises:
+        WorldlineError: the two were not tried on the same starts.
+    """
+    if ours["starts"][offset] != theirs["starts"][offset]:
+        raise WorldlineError(f"plans to goals {offset} ahead began at different starts; run both with the same options")
+    bootstrap = Bootstrap(np.array(ours["starts"][offset])[:, 0], DRAWS)
+    count = bootstrap.sums(np.ones(len(ours["starts"][offset])))
+    rates = [bootstrap.sums(np.mean(each["reached"]["world"][offset], axis=1)) / count for each in (ours, theirs)]
+    return rates[0], rates[1]
+
+
+def _oracle(places: Any) -> dict[str, float] | None:
+    for place in places:
+        path = place / "planning/result.json"
+        if path.exists() and "oracle" in (success := read_json(path)["success"]):
+            return {offset: rate["value"] for offset, rate in success["oracle"].items()}
+    return None
+
+
+def _correlation(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return Spearman's correlation of HRI with mean planning success over the runs of each world."""
+    found = {}
+    for world in dict.fromkeys(row["world"] for row in rows):
+        here = [row for row in rows if row["world"] == world and row["hri"]]
+        hri = np.array([[row["hri"]["value"]] for row in here])
+        success = np.array([[np.mean(list(row["success"].values()))] for row in here])
+        rho = float(rank_correlation(hri, success)[0]) if len(here) > 2 else np.nan
+        found[world] = {"spearman": round(rho, 3) if np.isfinite(rho) else None, "checkpoints": len(here)}
+    return found
+
+
+def write_report(folder: Path, result: dict[str, Any], name: str = "report.md") -> Path:
+    """Write the report and its pictures from `result.json` alone; return the report's path."""
+    from worldline.bench.ablate_figures import draw
+
+    pictures = draw(result)
+    stem = Path(name).stem
+    for title, svg in pictures.items():
+        write_bytes(folder / f"{stem}-{title}.svg", svg.encode())
+    path = folder / name
+    write_bytes(path, "\n".join(_lines(result, [f"{stem}-{title}.svg" for title in pictures])).encode())
+    return path
+
+
+def _lines(result: dict[str, Any], pictures: list[str]) -> list[str]:
+    config, made, rows = result["config"], result["provenance"], result["runs"]
+    worlds, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("world", "variant"))
+    lines = [
+        f"# Recipes compared: {', '.join(worlds)}",
+        "",
+        _budget(config),
+        f"Commit {made['commit']}, {made['machine']['processor']}, {made['machine']['cores']} cores. Every seed is "
+        "shown; intervals are 95%, over held-out episodes.",
+        "",
+    ]
+    lines += [f"![{Path(picture).stem}]({picture})\n" for picture in pictures]
+    for world in worlds:
+        lines += [f"## {world}", "", *_world_table(result, world, variants), ""]
+        lines += _pairs_table(result, world)
+    if result["success_correlation"]:
+        lines += ["## Does HRI tell what plans well?", "", *_correlation_lines(result), ""]
+    if result["failures"]:
+        lines += ["## Failures", "", *(f"- {title}: {why}" for title, why in result["failures"].items()), ""]
+    lines += ["## The variants", "", "| variant | options of `worldline train` |", "|---|---|"]
+    for text in (*config["variants"], *config["terms"]):
+        variant, _, options = text.partition(":")
+        lines.append(f"| {variant.strip()} | `{config['base']} {options.strip()}` |")
+    return [*lines, "", f"Again: `{made['command']}`", ""]
+
+
+def _budget(config: dict[str, Any]) -> str:
+    if config["minutes"] is None:
+        return "The same numbers of updates for all, whatever they cost."
+    return (
+        f"The same network for all, and for each training {config['minutes']:g} minutes of one core, from which the "
+        "numbers of updates follow by the measured cost of one."
+    )
+
+
+def _world_table(result: dict[str, Any], world: str, variants: list[str]) -> list[str]:
+    horizon = result["horizon"]
+    rows = [row for row in result["runs"] if row["world"] == world]
+    factors, planned = list(rows[0]["factors"]), "success" in rows[0]
+    heads = ["recipe", f"HRI_{horizon} of each seed", "H*", "e_100 / e_10"]
+    heads += [
+        f"inside at {rows[0]['long_steps']}, %",
+        "median radius",
+        *(f"{name}: R(0) / supervised" for name in factors),
+    ]
+    heads += [f"{name}: R({horizon})" for name in factors]
+    heads += [f"success at {', '.join(rows[0]['success'])}, %"] if planned else []
+    heads += ["updates", "minutes", "PFLOP"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for variant in variants:
+        mine = [row for row in rows if row["variant"] == variant]
+        if not mine:
+            continue
+        cells = [
+            variant,
+            _each(mine, _shown_hri),
+            _each(mine, _shown_star),
+            _each(mine, lambda row: _two(row["growth"])),
+        ]
+        cells += [
+            _each(mine, lambda row: f"{100 * row['inside']:.0f}"),
+            _each(mine, lambda row: _two(row["median_radius"])),
+        ]
+        for name in factors:
+            kept = [row["factors"][name]["kept"] / row["factors"][name]["canonical"] for row in mine]
+            cells.append(_two(float(np.median(kept))))
+        cells += [_each(mine, lambda row, name=name: _two(row["factors"][name]["r"][horizon])) for name in factors]
+        if planned:
+            success = [np.mean([row["success"][offset] for row in mine]) for offset in mine[0]["success"]]
+            cells.append(", ".join(f"{100 * rate:.0f}" for rate in success))
+        minutes = np.median([row["thread_seconds"] for row in mine]) / 60
+        flops = _petaflops(result, world, variant, mine[0]["updates"])
+        cells += [
+            " + ".join(map(str, mine[0]["updates"])),
+            f"{minutes:.1f}",
+            "n/a" if flops is None else f"{flops:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    if world in result["oracle"]:
+        shown = ", ".join(f"{100 * rate:.0f} at {offset}" for offset, rate in result["oracle"][world].items())
+        lines += ["", f"The same planner with the true dynamics reaches, in %: {shown}."]
+    return lines
+
+
+def _pairs_table(result: dict[str, Any], world: str) -> list[str]:
+    horizon = result["horizon"]
+    pairs = [pair for pair in result["pairs"] if pair["world"] == world]
+    if not pairs:
+        return []
+    offsets = list(pairs[0].get("success", {}))
+    heads = [f"{result['ours']} minus", f"HRI_{horizon}", "seeds above 0", "H*, steps", "H* of both, by seed"]
+    heads += ["e_100 / e_10, ours / theirs", *(f"success at {offset}, points" for offset in offsets)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for pair in pairs:
+        each = pair["hri"]["each"] if pair["hri"] else []
+        cells = [pair["variant"], _difference(pair["hri"]), f"{sum(one > 0 for one in each)} of {len(pair['seeds'])}"]
+        cells += [_difference(pair["h_star"], ".0f"), ", ".join(f"{a} : {b}" for a, b in pair["h_star_each"])]
+        cells.append(", ".join(_two(ratio) for ratio in pair["growth_ratio_each"]))
+        cells += [_difference(pair["success"][offset], ".0f", 100) for offset in offsets]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _correlation_lines(result: dict[str, Any]) -> list[str]:
+    return [
+        f"- {world}: Spearman's correlation of HRI_{result['horizon']} with success, mean over offsets, is "
+        f"{_two(found['spearman'])} over {found['checkpoints']} checkpoints."
+        for world, found in result["success_correlation"].items()
+    ]
+
+
+def _petaflops(result: dict[str, Any], world: str, variant: str, updates: list[int]) -> float | None:
+    cost = result["costs"].get(world, {}).get(variant)
+    if not cost:
+        return None
+    steps = dict(zip(("joint", "frozen"), updates, strict=True))
+    return float(sum(steps[stage] * found["update_flops"] for stage, found in cost.items()) / 1e15)
+
+
+def _each(rows: list[dict[str, Any]], shown: Any) -> str:
+    return ", ".join(shown(row) for row in rows)
+
+
+def _shown_hri(row: dict[str, Any]) -> str:
+    value = "n/a" if row["hri"] is None else f"{row['hri']['value']:.2f}"
+    return value if row["invalid"] is None else f"{value} (invalid)"
+
+
+def _shown_star(row: dict[str, Any]) -> str:
+    star = row["h_star"]
+    return f"{star['steps']}+" if star["censored"] else str(star["steps"])
+
+
+def _two(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
+
+
+def _difference(found: dict[str, Any] | None, digits: str = ".2f", scale: float = 1.0) -> str:
+    if found is None:
+        return "n/a"
+    value, low, high = (scale * found[key] for key in ("value", "low", "high"))
+    return f"{value:+{digits}} [{low:+{digits}}, {high:+{digits}}]"
