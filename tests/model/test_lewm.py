@@ -271,6 +271,7 @@ def without(name: str) -> dict[str, torch.Tensor]:
         (tensors(), CONFIG | {"predictor": {"heads": 7}}, "or not 3 and 7 heads"),
         (tensors(), CONFIG | {"_target_": "stable_worldmodel.wm.pldm.PLDM"}, r"describes stable_worldmodel\.wm\.pldm"),
         (tensors(), {"encoder": {"size": "giant"}}, "expected encoder.size .* got 'giant' and None"),
+        (tensors(), {"encoder": "vit"}, "expected objects as encoder and predictor, got 'vit' and {}"),
         (tensors(), None, r"config\.json is missing"),
         ([1, 2], CONFIG, "expected a state dict, names to tensors, got list"),
     ],
@@ -288,6 +289,14 @@ def test_other_actions_and_damaged_files_are_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(WorldlineError, match=r"cannot be read .*copy it again"):
         read(folder)
+    for allow in (False, True):  # whoever names a file that is no checkpoint is not led to the flag
+        file.write_bytes(bytes(range(256)) * 9)
+        with pytest.raises(WorldlineError, match=r"cannot be read .*copy it again"):
+            read(folder, allow)
+        (folder / "model.py").write_text("import os\n")
+        with pytest.raises(WorldlineError, match=r"expected weights of a LeWM, a file that ends in \.pt"):
+            read(folder / "model.py", allow)
+    (folder / "model.py").unlink()
     file.rename(folder / "a.pt")
     (folder / "b.pt").touch()
     with pytest.raises(WorldlineError, match=r"got a\.pt, b\.pt; name the one to take"):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -248,6 +249,8 @@ def read_lewm(path: Path, *, actions: Float32[np.ndarray, "n a"], allow_pickled_
 
 def _weights_file(path: Path) -> Path:
     if not path.is_dir():
+        if path.suffix not in _WEIGHTS:
+            raise WorldlineError(f"{path}: expected weights of a LeWM, a file that ends in {', '.join(_WEIGHTS)}")
         return path
     files = sorted(file for file in path.iterdir() if file.suffix in _WEIGHTS)
     if len(files) != 1:
@@ -262,6 +265,8 @@ def _load(file: Path, allow_pickled_code: bool) -> Any:
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
+        if not zipfile.is_zipfile(file):  # no checkpoint at all: its owner must not be led to the flag
+            raise _unreadable(file, "not an archive that torch.save writes") from None
         if not allow_pickled_code:
             raise WorldlineError(
                 f"{file}: expected tensors only, got a pickle of Python objects, and loading one runs whatever code "
@@ -269,7 +274,7 @@ def _load(file: Path, allow_pickled_code: bool) -> Any:
                 "file comes from, give allow_pickled_code=true"
             ) from None
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
-        raise WorldlineError(f"{file}: cannot be read ({str(error).partition(chr(10))[0]}); copy it again") from None
+        raise _unreadable(file, str(error).partition("\n")[0] or type(error).__name__) from None
     try:
         return torch.load(file, map_location="cpu", weights_only=False)
     except (ModuleNotFoundError, AttributeError) as error:
@@ -277,6 +282,10 @@ def _load(file: Path, allow_pickled_code: bool) -> Any:
             f"{file}: its objects need the code that made them ({error}); pip install stable-worldmodel transformers, "
             f"or save model.state_dict() beside {CONFIG}"
         ) from None
+
+
+def _unreadable(file: Path, reason: str) -> WorldlineError:
+    return WorldlineError(f"{file}: cannot be read ({reason}); copy it again")
 
 
 def _heads_of_config(path: Path) -> tuple[int, int]:
@@ -295,8 +304,11 @@ def _heads_of_config(path: Path) -> tuple[int, int]:
         )
     # the model's own configuration, or the whole of its training's
     encoder = config.get("encoder", {"size": config.get("encoder_scale")})
+    predictor = config.get("predictor", {})
+    if not isinstance(encoder, dict) or not isinstance(predictor, dict):
+        raise WorldlineError(f"{path}: expected objects as encoder and predictor, got {encoder!r} and {predictor!r}")
     vit_heads = encoder.get("num_attention_heads") or _VIT_HEADS.get(encoder.get("size"))
-    heads = config.get("predictor", {}).get("heads")
+    heads = predictor.get("heads")
     if not isinstance(vit_heads, int) or not isinstance(heads, int):
         raise WorldlineError(
             f"{path}: expected encoder.size (one of {', '.join(_VIT_HEADS)}) and predictor.heads, got "
