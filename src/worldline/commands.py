@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_PORT = 8765
-BENCHMARKS = ("engine", "plan", "play")
+BENCHMARKS = ("engine", "plan", "play", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +210,14 @@ def _bench_engine(config: Any, flags: set[str]) -> int:
 
 def _bench_plan(config: Any, flags: set[str]) -> int:
     from worldline.bench.plan import run
+
+    started = time.monotonic()
+    wrote(run(config).parent, started)
+    return 0
+
+
+def _bench_train(config: Any, flags: set[str]) -> int:
+    from worldline.bench.train import run
 
     started = time.monotonic()
     wrote(run(config).parent, started)
@@ -427,7 +435,7 @@ COMMANDS: dict[str, Command] = {
             summary="timings of this machine, with what they mean, written to reports/",
             about="""
             Without a NAME every benchmark runs with its defaults. Each writes result.json and report.md into
-            reports/DATE-NAME. The names: engine, plan, play.
+            reports/DATE-NAME. The names: engine, plan, play, train.
             """,
             examples=(
                 ("worldline bench", "all of them"),
@@ -459,6 +467,18 @@ COMMANDS: dict[str, Command] = {
             examples=(("worldline bench plan checkpoint=runs/pusht-tiny", "with a world of your own"),),
             run=_bench_plan,
             config="worldline.bench.plan:PlanBenchConfig",
+        ),
+        Command(
+            name="bench train",
+            summary="one update of the lewm preset, beside plain PyTorch, eager and compiled; gradients compared",
+            about="""
+            Updates the same network on the same batch, as `worldline train objective=lewm` does and as one would write
+            it down in PyTorch, in turns, in bfloat16 and in float32. Says how long each takes and how far apart their
+            first gradients are.
+            """,
+            examples=(("worldline bench train compiled=false", "without the minute that torch.compile takes"),),
+            run=_bench_train,
+            config="worldline.bench.train:TrainBenchConfig",
         ),
         Command(
             name="bench play",
