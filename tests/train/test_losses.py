@@ -106,6 +106,20 @@ def test_prediction_errors_are_mean_squares() -> None:
         assert float(loss(torch.from_numpy(z_hat), torch.from_numpy(z), "l1")) == pytest.approx(expected)
 
 
+def test_logarithmic_errors_count_every_step_by_its_own_scale() -> None:
+    generator = torch.Generator().manual_seed(4)
+    z_hat = torch.randn(5, 3, 4, generator=generator) * torch.tensor([0.01, 1.0, 100.0])[:, None]
+    z_hat.requires_grad_(True)
+    z = torch.zeros(5, 3, 4)
+    log_e = [math.log(z_hat.detach()[:, t].square().mean()) for t in range(3)]
+    found = own_rollout(z_hat, z, "log")
+    assert found.item() == pytest.approx((log_e[0] + log_e[1] / 2 + log_e[2] / 3) / (1 + 1 / 2 + 1 / 3))
+    assert one_step(z_hat, z, "log").item() == pytest.approx(sum(log_e) / 3)
+    (gradient,) = torch.autograd.grad(found, z_hat)
+    pull = (gradient * z_hat).sum(dim=(0, 2))  # how the loss falls as a step's error shrinks by its own length
+    assert torch.allclose(pull / pull[0], torch.tensor([1, 1 / 2, 1 / 3]), atol=1e-4)
+
+
 def test_excess_growth_counts_only_what_exceeds_the_allowance() -> None:
     z = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
     whitening = torch.tensor([[2.0, 0.0], [0.0, 0.5]])

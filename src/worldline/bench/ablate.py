@@ -41,8 +41,8 @@ class AblateConfig:
     base: str = ""
     """Options of `worldline train` that every run has."""
     minutes: float | None = 5.0
-    """Time that each training gets on an idle machine: the numbers of updates follow from what one costs. null takes
-    the numbers of updates as the options give them."""
+    """CPU minutes that each training gets: the numbers of updates follow from what one costs. null takes the numbers of
+    updates as the options give them."""
     joint_share: float = 0.6
     """Share of the minutes for the joint stage of variants with two stages; a variant with `frozen.steps=0` has one."""
     references: str = ""
@@ -52,7 +52,7 @@ class AblateConfig:
     plan: str | None = None
     """Options of `worldline plan`; null leaves planning out. The oracle plans once for each world."""
     workers: int = 1
-    """Runs at a time, one CPU thread each."""
+    """Runs at a time; each computes with one thread and makes its batches with another."""
     reports: str = "reports"
     """Where `DATE-NAME/` is written."""
     publish: str | None = None

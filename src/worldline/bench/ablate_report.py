@@ -53,7 +53,7 @@ def _row(run: dict[str, Any], horizon: int, planned: bool) -> dict[str, Any]:
         "seed": run["seed"],
         "updates": [trained["config"][stage]["steps"] for stage in ("joint", "frozen")],
         "seconds": round(trained["timing"]["seconds"], 1),
-        "thread_seconds": round(trained["timing"]["thread_seconds"], 1),
+        "cpu_seconds": round(trained["timing"]["cpu_seconds"], 1),
         "weights_sha256": found["model"]["weights_sha256"],
         "invalid": verdict["invalid"],
         "hri": verdict["hri"][str(horizon)],
@@ -213,7 +213,7 @@ def _world_table(result: dict[str, Any], world: str, variants: list[str]) -> lis
     ]
     heads += [f"{name}: R({horizon})" for name in factors]
     heads += [f"success at {', '.join(rows[0]['success'])}, %"] if planned else []
-    heads += ["updates", "minutes", "PFLOP"]
+    heads += ["updates", "CPU minutes", "PFLOP"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for variant in variants:
         mine = [row for row in rows if row["variant"] == variant]
@@ -236,7 +236,7 @@ def _world_table(result: dict[str, Any], world: str, variants: list[str]) -> lis
         if planned:
             success = [np.mean([row["success"][offset] for row in mine]) for offset in mine[0]["success"]]
             cells.append(", ".join(f"{100 * rate:.0f}" for rate in success))
-        minutes = np.median([row["thread_seconds"] for row in mine]) / 60
+        minutes = np.median([row["cpu_seconds"] for row in mine]) / 60
         flops = _petaflops(result, world, variant, mine[0]["updates"])
         cells += [
             " + ".join(map(str, mine[0]["updates"])),

@@ -71,7 +71,7 @@ class StageConfig:
 
     error: Literal["l2", "l1", "log"] = "l2"
     """Squared or absolute latent errors in `one_step` and `own_rollout`, or the logarithm of each step's mean squared
-    error, by which early steps count as much as late ones."""
+    error, which counts the first ten steps of a rollout as much as the next ninety."""
     pushforward_noise: float = 0.0
     """Standard deviation of the noise on the real latents that the predictor is given, so that it learns to correct."""
     prediction_share: float = 0.03
@@ -121,6 +121,8 @@ class StageConfig:
         for name in ("prediction_share", "rollout_ramp", "lr_end", "ema"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise WorldlineError(f"a stage's {name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.target_stride > self.rollout:
+            raise WorldlineError(f"target_stride must be at most rollout {self.rollout}, got {self.target_stride}")
         if self.rollout_start > self.rollout:
             raise WorldlineError(f"rollout_start must be at most rollout {self.rollout}, got {self.rollout_start}")
 

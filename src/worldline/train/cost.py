@@ -22,8 +22,8 @@ class Cost(NamedTuple):
     prepare_seconds: float
     """What the stage takes before its first update."""
     update_seconds: float
-    """Mean over updates spread over the stage, so that a growing rollout counts as it grows. CPU seconds of the thread
-    that trains: what the wall-clock shows where nothing else runs, whatever else does run now."""
+    """Mean over updates spread over the stage, so that a growing rollout counts as it grows, their batches included. CPU
+    seconds: what the wall-clock shows on one core where nothing else runs, whatever else does run now."""
     update_flops: float
     """Mean over the same updates: multiplications and additions of matrix products and convolutions, backward included
     (`torch.utils.flop_counter`)."""
@@ -47,9 +47,8 @@ def measure_costs(config: TrainConfig, updates: int = 12) -> dict[str, Cost]:
             places = [min(stage.steps - 1, math.floor((i + 0.5) * stage.steps / updates)) for i in range(updates)]
             spent, flops = [], []
             for count, place in enumerate([places[-1]] * _WARM_UP + places):
-                batch = produce(place)
                 begun = time.thread_time()
-                training.update(name, stage, place, batch)
+                training.update(name, stage, place, produce(place))
                 if count >= _WARM_UP:
                     spent.append(time.thread_time() - begun)
             for place in places[:: max(1, updates // 4)]:

@@ -103,7 +103,7 @@ class Training:
         }
 
     def run(self) -> None:
-        started, spent = time.monotonic(), time.thread_time()
+        started, spent = time.monotonic(), time.process_time()
         self._restore()
         resumed_at = self.step
         total = total_steps(self.config)
@@ -112,7 +112,7 @@ class Training:
                 self._run_stage(task)
             if self.step < total:
                 self._run_stage(task)
-        timing = {"seconds": time.monotonic() - started, "thread_seconds": time.thread_time() - spent}
+        timing = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - spent}
         self._finish(timing | {"resumed_at": resumed_at})
 
     def _run_stage(self, task: Task) -> None:

@@ -32,9 +32,11 @@ Norm = Literal["l2", "l1", "log"]
 def one_step(z_hat: Float[Tensor, "b t d"], z: Float[Tensor, "b t d"], norm: Norm = "l2") -> Float[Tensor, ""]:
     """Return the teacher-forced error: mean of (z_hat_i - z_i)^2, z_hat_i predicted from the true past of z_i.
 
-    `l1` takes |z_hat_i - z_i|, `log` what it does in `own_rollout`.
+    `l1` takes |z_hat_i - z_i|, `log` the mean over i of the logarithm of the batch's mean squared error.
     Source: LeWM, arXiv 2603.19312, the prediction term; l1: V-JEPA 2-AC, arXiv 2506.09985.
     """
+    if norm == "log":
+        return _log_errors(z_hat, z).mean()
     return _error(z_hat, z, norm)
 
 
@@ -42,18 +44,23 @@ def own_rollout(z_hat: Float[Tensor, "b t d"], z: Float[Tensor, "b t d"], norm: 
     """Return the open-loop error: mean over t of (z_hat_t - z_t)^2, z_hat_t predicted from z_hat_{t-1}.
 
     The errors' gradients run through the whole rollout, so that a step learns what it does to the steps after it.
-    `l1` takes |z_hat_t - z_t|. `log` takes the mean over t of log e_t, e_t the batch's mean squared error at step t:
-    its gradient is that of the squared errors with weights 1 / e_t, so that a hundredth part of the error counts as
-    much at the first step, where errors are small, as at the last.
+    `l1` takes |z_hat_t - z_t|. `log` takes the mean of log e_t with weights 1 / t, e_t the batch's mean squared error
+    at step t: a hundredth part of the error counts as much where errors are small as where they are large, and the
+    first ten steps of a hundred as much as the other ninety.
     Source: multi-step latent losses as in PlaNet, arXiv 1811.04551 (latent overshooting), here without its noise.
     """
+    if norm == "log":
+        weight = 1.0 / torch.arange(1, z.shape[1] + 1, device=z.device)
+        return (weight * _log_errors(z_hat, z)).sum() / weight.sum()
     return _error(z_hat, z, norm)
 
 
-def _error(z_hat: Tensor, z: Tensor, norm: Norm) -> Tensor:
+def _log_errors(z_hat: Float[Tensor, "b t d"], z: Float[Tensor, "b t d"]) -> Float[Tensor, " t"]:
+    return (z_hat - z).float().square().mean(dim=(0, 2)).clamp(min=1e-8).log()
+
+
+def _error(z_hat: Tensor, z: Tensor, norm: Literal["l2", "l1"]) -> Tensor:
     gap = z_hat - z
-    if norm == "log":
-        return gap.float().square().mean(dim=(0, 2)).clamp(min=1e-8).log().mean()
     return gap.abs().mean() if norm == "l1" else gap.square().mean()
 
 
