@@ -93,12 +93,12 @@ def _train(config: Any, flags: set[str]) -> int:
     return 0
 
 
-def _references(path: str, flags: set[str]) -> int:
+def _references(config: Any, flags: set[str]) -> int:
     from worldline.data.lerobot import open_dataset
     from worldline.train.references import make_references
 
     started = time.monotonic()
-    wrote(make_references(open_dataset(path)), started)
+    wrote(make_references(open_dataset(config.dataset), config), started)
     return 0
 
 
@@ -322,10 +322,15 @@ COMMANDS: dict[str, Command] = {
             about="""
             Trains a supervised encoder, which says which factors of the true state can be seen in the pictures at all,
             and a forecaster that knows the actions only. Made once for a dataset and stored beside it; evaluate makes
-            it when it is missing.
+            it when it is missing. Other options than last time make it anew.
             """,
-            examples=(("worldline references datasets/pusht", "write datasets/pusht/references"),),
+            examples=(
+                ("worldline references datasets/pusht", "write datasets/pusht/references"),
+                ("worldline references datasets/pusht image_size=32", "for worlds that see 32 pixels"),
+                ("worldline references data/mine encoder_updates=9000", "where too little is seen after 3000"),
+            ),
             run=_references,
+            config="worldline.train.references:MakeReferencesConfig",
             path="dataset",
             path_required=True,
         ),

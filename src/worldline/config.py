@@ -57,6 +57,8 @@ def meanings(cls: type[Any], at: str = "") -> dict[str, str]:
     lines = source.splitlines()
     body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
     found: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, cls.__bases__):
+        found |= meanings(base, at)
     hints = typing.get_type_hints(cls)
     for node, after in zip(body, [*body[1:], None], strict=True):
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):

@@ -307,7 +307,7 @@ def _heads_of_config(path: Path) -> tuple[int, int]:
     predictor = config.get("predictor", {})
     if not isinstance(encoder, dict) or not isinstance(predictor, dict):
         raise WorldlineError(f"{path}: expected objects as encoder and predictor, got {encoder!r} and {predictor!r}")
-    vit_heads = encoder.get("num_attention_heads") or _VIT_HEADS.get(encoder.get("size"))
+    vit_heads = encoder.get("num_attention_heads") or _VIT_HEADS.get(str(encoder.get("size")))
     heads = predictor.get("heads")
     if not isinstance(vit_heads, int) or not isinstance(heads, int):
         raise WorldlineError(

@@ -9,8 +9,9 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,8 @@ class ReferencesConfig:
     """How the reference pack is made. Each training keeps the weights that did best on validation episodes."""
 
     image_size: int | None = None
-    """None means the dataset's own."""
+    """Pixels along a side of the pictures that the canonical encoder sees; None means the dataset's own. For worlds of
+    another size, so that it sees no more than they do."""
     seed: int = 0
     """Of weights, frames and batches."""
     max_frames: int = 60_000
@@ -76,6 +78,18 @@ class ReferencesConfig:
                 f"references: image_size must be a positive multiple of 16, or null for the dataset's own, got "
                 f"{self.image_size}"
             )
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the content of the pack."""
+        return {each.name: getattr(self, each.name) for each in fields(ReferencesConfig)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeReferencesConfig(ReferencesConfig):
+    """Which dataset to make the pack of, and how."""
+
+    dataset: str
+    """The dataset: a LeRobot v3 directory with true states. The pack is kept in it."""
 
 
 class CanonicalEncoder(nn.Module):
@@ -143,7 +157,7 @@ def _make(folder: Path, dataset: Dataset, config: ReferencesConfig) -> None:
         card = {
             "format": FORMAT,
             "fingerprint": dataset.fingerprint,
-            "config": asdict(config),
+            "config": config.identity(),
             "factors": {name: {"r2": r2, "rmse": rmse} for name, (r2, rmse) in quality.items()},
             "head": head.to_json(),
             "actions_only": {"hidden": config.actions_hidden},
@@ -164,7 +178,7 @@ def _is_current(folder: Path, dataset: Dataset, config: ReferencesConfig) -> boo
     same = (card.get("format"), card.get("fingerprint"), card.get("config")) == (
         FORMAT,
         dataset.fingerprint,
-        asdict(config),
+        config.identity(),
     )
     return same and all(
         (folder / name).exists() and sha256_file(folder / name) == found for name, found in card["files"].items()
