@@ -6,17 +6,22 @@ nonlinear map of the true state, so that no network is trained but the probe.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import pytest
 
-from worldline.core.types import Factor
+from worldline.core.types import Factor, WorldSpec
 from worldline.evaluate.drift import Measurement, RealFrames, Rollouts, measure, swap_across_episodes
+from worldline.evaluate.figures import to_figures
 
 FACTORS = (Factor(name="agent", columns=(0, 1)), Factor(name="block", columns=(2, 3)))
+SPEC = WorldSpec(
+    name="pushing", image_size=16, step_seconds=0.1, action_names=("x", "y"), action_low=(-1, -1), action_high=(1, 1)
+)
 STEPS, WINDOWS_PER_EPISODE, CONTEXT = 50, 12, 3
 REACH = 0.35
 
@@ -170,7 +175,7 @@ def test_oracle_is_trusted_to_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("imagine", "at_most"), [(still, 0.4), (constant, 0.0), (deaf, 0.35)], ids=["persistence", "constant", "deaf"]
+    ("imagine", "at_most"), [(still, 0.0), (constant, 0.0), (deaf, 0.2)], ids=["persistence", "constant", "deaf"]
 )
 def test_a_model_that_ignores_actions_is_invalid(imagine: Imagine, at_most: float) -> None:
     result = judge(imagine)
@@ -207,10 +212,32 @@ def test_knowing_only_the_actions_earns_the_agent_and_no_block() -> None:
     agent, block = result.reliability.factors
     assert np.nanmean(agent.credit) > 0.9
     assert (agent.g2, agent.g3) == (True, True)
-    assert block.credit[25:].max() < 0.05
+    assert block.scored[21:].all()
+    assert np.nanmax(block.credit) == 0.0
     assert not block.g2
     assert result.reliability.horizon.ended_by == "block"
-    assert hri(result) < 0.55
+    assert hri(result) == pytest.approx(np.nanmean(agent.credit) / 2)
+
+
+def test_standing_still_earns_nothing_however_it_is_dressed() -> None:
+    """A block that is frozen near its mean errs less than one frozen where it is; a model that notices swapped actions
+    and plays the fool passes G2."""
+    centre = scene().train[:, 2:].mean(0)
+
+    def near_the_mean(now: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        states = agent_only(now, actions)
+        share = np.linspace(1, 0.3, states.shape[1])[:, None]
+        return np.concatenate([states[..., :2], centre + share * (states[..., 2:] - centre)], axis=-1)
+
+    def noticing(now: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        return constant(now, actions) if actions is scene().swapped else agent_only(now, actions)
+
+    for imagine in (near_the_mean, noticing):
+        # the state itself as the latent: nothing of the agent's motion blurs what the block is read to do
+        agent, block = judge(imagine, lambda state: state.astype(np.float32)).reliability.factors
+        assert np.nanmean(agent.credit) > 0.9
+        assert block.r[block.scored].min() > 0.3, "it must look like something"
+        assert np.nanmax(block.credit) == 0.0
 
 
 def test_the_size_of_the_latent_does_not_matter() -> None:
@@ -251,7 +278,7 @@ def test_swapping_never_keeps_an_episode_its_own_actions() -> None:
 
 
 def test_the_same_seed_gives_the_same_figures() -> None:
-    again = judge(play)
-    assert replace(again.reliability, factors=(), hri_draws={}) == replace(
-        oracle().reliability, factors=(), hri_draws={}
-    )
+    def figures(measurement: Measurement) -> str:
+        return json.dumps(to_figures(measurement, SPEC))
+
+    assert figures(judge(play)) == figures(oracle())

@@ -57,7 +57,7 @@ def test_curves_and_draws_equal_a_plain_loop() -> None:
     given = forecasts(episodes, truth, model)
     result = judge(given).factors[0]
     weights = Bootstrap(episodes, 200, 3)._weights[1:]
-    mean = given.mean["point"]
+    mean, told_apart = given.mean["point"], 0
     for h in range(1, truth.shape[1]):
         chosen = [w for w in range(len(truth)) if np.linalg.norm(truth[w, h] - truth[w, 0]) > 0.3]
         assert result.num_moved[h] == len(chosen)
@@ -68,12 +68,18 @@ def test_curves_and_draws_equal_a_plain_loop() -> None:
         base = {w: sum((mean - truth[w, h]) ** 2) for w in chosen}
         assert result.r[h] == pytest.approx(1 - sum(error.values()) / sum(base.values()))
         assert result.r_naive["persistence"][h] == pytest.approx(1 - sum(naive.values()) / sum(base.values()))
-        held, drawn = 0, []
+        start, end = np.array([[truth[w, 0] - mean, truth[w, h] - mean] for w in chosen]).swapaxes(0, 1)
+        share = np.linalg.lstsq(start.reshape(-1, 1), end.ravel(), rcond=None)[0][0]  # standing still at its best
+        still = {w: sum((mean + share * (truth[w, 0] - mean) - truth[w, h]) ** 2) for w in chosen}
+        assert result.r_naive["standing still"][h] == pytest.approx(1 - sum(still.values()) / sum(base.values()))
+        held, better, drawn = 0, 0, []
         for weight in weights:
-            total = [sum(weight[episodes[w]] * kind[w] for w in chosen) for kind in (error, naive, base)]
+            total = [sum(weight[episodes[w]] * kind[w] for w in chosen) for kind in (error, naive, base, still)]
             held += total[0] <= 1.1 * min(total[1], total[2])
+            better += total[0] < total[3]
             drawn.append(1 - total[0] / total[2])
-        assert result.beats_naive[h] == (held >= 0.95 * len(weights))
+        assert result.beats_naive[h] == (min(held, better) >= 0.95 * len(weights))
+        told_apart += held >= 0.95 * len(weights) > better
         assert (result.r_low[h], result.r_high[h]) == pytest.approx(tuple(np.percentile(drawn, (2.5, 97.5))))
         if result.scored[h]:
             assert result.credit[h] == pytest.approx(max(0, result.r[h]) * result.beats_naive[h])
@@ -82,6 +88,7 @@ def test_curves_and_draws_equal_a_plain_loop() -> None:
             assert np.isnan(result.credit[h])
     assert result.beats_naive.any()
     assert not result.beats_naive.all()
+    assert told_apart, "some steps must lose to standing still alone"
 
 
 def test_hri_and_trust_horizon_follow_the_credit_curve() -> None:

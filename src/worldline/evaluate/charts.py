@@ -29,6 +29,7 @@ _VARIABLES = {
 TRUTH, DREAM, ACTION, WARN, TEXT, SOFT, LINE = _VARIABLES
 _NAIVE = {
     "persistence": (SOFT, (0, (5, 2))),
+    "standing still": (SOFT, (0, (4, 1.5, 1, 1.5))),
     "constant velocity": (SOFT, (0, (1, 1.5))),
     "actions only": (ACTION, (0, (5, 2))),
     "action-free twin": (ACTION, (0, (1, 1.5))),
@@ -114,7 +115,7 @@ def bound_chart(figures: dict[str, Any]) -> str:
         figure = Figure(figsize=(10.4, 3.0), layout="constrained")
         left, right = figure.subplots(1, 2)
         h = np.arange(1, len(bound["error"][0]) + 1)
-        for key, colour, label in (("bound", WARN, "bound"), ("error", DREAM, "measured error")):
+        for key, colour, label in (("bound", WARN, "bound, estimated"), ("error", DREAM, "measured error")):
             rows = np.array([_curve(row) for row in bound[key]])
             left.fill_between(h, rows.min(axis=0), rows.max(axis=0), color=colour, alpha=0.18, lw=0)
             left.plot(h, np.median(rows, axis=0), color=colour, lw=2, label=f"{label}: median and range")
@@ -128,7 +129,8 @@ def bound_chart(figures: dict[str, Any]) -> str:
             label = "latent, along real latents" if name == "tangent" else "latent, off them"
             right.plot(bound["split_at"], np.median(rows, axis=0), color=colour, lw=1.6, label=label)
         seen = np.array([_curve(row) for row in bound["gain_seen"]])[:, 1:]
-        right.plot(h[1:], np.median(seen, axis=0), color=DREAM, lw=2, label="what steps did to the error")
+        if np.isfinite(seen).any():
+            right.plot(h[1:], np.nanmedian(seen, axis=0), color=DREAM, lw=2, label="what steps did to the error")
         right.axhline(1, color=LINE, lw=1)
         right.set(ylabel="gain of one step, median", ylim=(0, None))
         right.legend(loc="lower right", fontsize=9)

@@ -28,6 +28,8 @@ MOVED_RMSE = 3.0
 VISIBLE_R2 = 0.8
 ENCODER_SHARE = 0.8
 NAIVE_MARGIN = 1.1
+STILL_MARGIN = 1.0 - 1e-9
+"""Standing still has to be beaten: to be as good as it earns nothing."""
 BURDEN = 0.95
 TRUSTED_CREDIT = 0.5
 HORIZONS = (10, 50, 100)
@@ -208,22 +210,38 @@ def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
         return np.where(bottom > _TINY, top / np.where(bottom > _TINY, bottom, 1.0), np.nan)
 
 
-def _beats_naive(
-    error: Float[np.ndarray, "draws t"], best: Float[np.ndarray, "draws t"]
+def _holds_against(
+    naive: Float[np.ndarray, "draws t"], error: Float[np.ndarray, "draws t"], margin: float
 ) -> Bool[np.ndarray, "draws t"]:
-    """Return, for the sample and each draw, whether the model holds against the best naive forecast.
+    """Return, for the sample and each draw, whether the model holds against a naive forecast.
 
-    For the sample: error <= 1.1 best in 95% of the draws. A draw has no draws of its own: there the 95th percentile of
-    the ratio is taken to lie as far above the draw's ratio as it lies above the sample's.
+    For the sample: error <= margin x naive error in 95% of the draws. A draw has no draws of its own: there the 95th
+    percentile of the ratio is taken to lie as far above the draw's ratio as it lies above the sample's.
     """
     # at the limit where the naive forecast has no error at all, any error of the model loses
-    ratio = np.where(best > _TINY, error / np.maximum(best, _TINY), np.where(error > _TINY, np.inf, 1.0))
+    ratio = np.where(naive > _TINY, error / np.maximum(naive, _TINY), np.where(error > _TINY, np.inf, 1.0))
     upper = np.quantile(ratio[1:], BURDEN, axis=0, method="inverted_cdf")
     with np.errstate(invalid="ignore", divide="ignore"):
         spread = np.where(ratio[0] > _TINY, upper / np.maximum(ratio[0], _TINY), 1.0)
-        held = ratio * spread <= NAIVE_MARGIN
-    held[0] = upper <= NAIVE_MARGIN
+        held = ratio * spread <= margin
+    held[0] = upper <= margin
     return held
+
+
+def _standing_still(
+    persistence: Float[np.ndarray, "n t k"],
+    truth: Float[np.ndarray, "n t k"],
+    mean: Float[np.ndarray, " k"],
+    counted: Bool[np.ndarray, "n t"],
+) -> Float[np.ndarray, "n t k"]:
+    """Return the best that a factor which is held can do: its present value, at each h drawn towards the training mean
+    by the share that fits these very windows best."""
+    present, later = persistence - mean, truth - mean
+    top = ((present * later).sum(-1) * counted).sum(axis=0)
+    bottom = (np.square(present).sum(-1) * counted).sum(axis=0)
+    share = np.where(bottom > _TINY, top / np.maximum(bottom, _TINY), 0.0)
+    still: np.ndarray = mean + present * share[:, None]
+    return still
 
 
 class _FactorDraws:
@@ -251,17 +269,28 @@ class _FactorDraws:
         naive = {kind: sums(forecast) for kind, forecast in forecasts.naive.items() if name in forecast}
         naive["mean"] = baseline
         best = np.minimum.reduce(list(naive.values()))
+        still = None
+        # drawing log probabilities towards the mean's cannot help where the class changed: the mean is all there is
+        if factor.kind == "continuous" and name in forecasts.naive.get("persistence", {}):
+            held_at = forecasts.naive["persistence"][name]
+            still = naive["standing still"] = sums(
+                {name: _standing_still(held_at, truth, forecasts.mean[name], counted)}
+            )
         self.r = 1.0 - _ratio(error, baseline)
         self.r_swapped = 1.0 - _ratio(swapped, baseline)
         self.r_real = 1.0 - _ratio(sums(forecasts.real)[0], baseline[0])
         self.r_naive = {kind: 1.0 - _ratio(rows[0], baseline[0]) for kind, rows in naive.items()}
         self.r_all = 1.0 - _ratio(loss(forecasts.model[name], truth).sum(0), mean_loss.sum(0) * asked)
-        held = _beats_naive(error, best)
+
+        def holds(error: np.ndarray) -> np.ndarray:
+            held = _holds_against(best, error, NAIVE_MARGIN)
+            return held if still is None else held & _holds_against(still, error, STILL_MARGIN)
+
+        held = holds(error)
         self.beats_naive = held[0]
         encoded = float(limits.encoded)
         self.credit = np.nan_to_num(np.clip(self.r, 0.0, 1.0)) * held * encoded
-        swapped_held = _beats_naive(swapped, best)
-        self.credit_swapped = np.nan_to_num(np.clip(self.r_swapped, 0.0, 1.0)) * swapped_held * encoded
+        self.credit_swapped = np.nan_to_num(np.clip(self.r_swapped, 0.0, 1.0)) * holds(swapped) * encoded
 
     def mean_credit(self, horizon: int) -> np.ndarray | None:
         """Return the mean credit over scored h <= horizon, (draws,); None where nothing is scored."""

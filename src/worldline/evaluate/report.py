@@ -22,8 +22,9 @@ from worldline.evaluate.style import CSS
 _BOUND_LEAD = (
     "The imagined state errs by at most the sum of the one-step errors, each times the gains of the steps after it. A "
     "gain is the largest singular value of a step's Jacobian (latent and memory together) found at three points "
-    "between the true state and the imagined one. It is a bound as far as these points stand for all between them, and "
-    "no promise for other episodes. Unit: root mean squared distance of real latents from their mean."
+    "between the true state and the imagined one. Between these points it can be larger: what is drawn is an "
+    "estimate of the bound, from below, and no promise for other episodes. Unit: root mean squared distance of real "
+    "latents from their mean."
 )
 
 
@@ -45,7 +46,7 @@ def render(figures: dict[str, Any], scene: Scene, gif: bytes) -> str:
             "How far to trust it",
             "Skill R at every horizon, on the windows in which the factor really moved: 1 is exact, 0 is no better "
             "than the training mean. The filled area is the credit that counts: it needs an error of at most "
-            "1.1 times the best naive forecast's in 95% of bootstrap draws.",
+            "1.1 times the best naive forecast's in 95% of bootstrap draws, and less than standing still has.",
             reliability_chart(figures, scene.step_seconds),
         ),
         _section(
@@ -153,7 +154,7 @@ def _factor_table(figures: dict[str, Any]) -> str:
         credit = _value(factor["mean_credit"])
         rows.append([f"<b>{escape(name)}</b>", "imagination", *(_value(factor["r"][h]) for h in marks), credit])
         rows.append(["", "encoder's limit", *(_value(factor["r_real_latents"][h]) for h in marks), ""])
-        for kind in ("persistence", "constant velocity", "actions only", "action-free twin"):
+        for kind in ("persistence", "standing still", "constant velocity", "actions only", "action-free twin"):
             curve = factor["r_naive"].get(kind)
             rows.append(["", kind, *("n/a" if curve is None else _value(curve[h]) for h in marks), ""])
         rows.append(["", "windows that moved", *(f"{factor['num_moved'][h]}" for h in marks), ""])
@@ -203,12 +204,16 @@ def _latent_table(figures: dict[str, Any]) -> str:
 
 def _bound_table(bound: dict[str, Any]) -> str:
     def median(rows: list[list[float | None]]) -> str:
-        return _value(float(np.median([value for row in rows for value in row if value is not None])), 3)
+        known = [value for row in rows for value in row if value is not None]
+        return _value(float(np.median(known)) if known else None, 3)
 
-    length = len(bound["bound"][0])
+    length, gain_held = len(bound["bound"][0]), bound["gain_held"]
     rows = [
         ["steps on which the bound held", f"{100 * bound['held']:.1f} %"],
-        ["steps whose gain was within the measured one", f"{100 * bound['gain_held']:.1f} %"],
+        [
+            "steps whose gain was within the measured one",
+            _value(None) if gain_held is None else f"{100 * gain_held:.1f} %",
+        ],
         [
             "the bound's median is under that of two random latents",
             f"for {bound['says_something_up_to']} of {length} steps",

@@ -90,8 +90,8 @@ class EvaluateConfig:
     validation_frames: int = 6_000
     """Real validation frames that stop the probe's fit, at most."""
     bounds: bool = False
-    """Also measure how much each step can amplify an error, and the bound on a rollout's error that follows: one or two
-    minutes more."""
+    """Also measure how much each step can amplify an error, and estimate the bound on a rollout's error that follows:
+    one or two minutes more."""
     allow_pickled_code: bool = False
     """Load a foreign checkpoint that is a pickle of Python objects, which runs whatever code its author put into it."""
 
@@ -107,8 +107,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     """Evaluate a checkpoint and return the directory with `result.json`, `report.html` and `filmstrip.png`.
 
     Raises:
-        WorldlineError: checkpoint and dataset do not fit, too few held-out windows, no reference pack, or one in which
-            no factor can be seen.
+        WorldlineError: checkpoint and dataset do not fit, too few held-out windows, or some that training has
+            seen, no reference pack, or one in which no factor can be seen.
     """
     started = time.monotonic()
     dataset = open_dataset(config.data)
@@ -122,6 +122,11 @@ def evaluate(config: EvaluateConfig) -> Path:
         raise WorldlineError(
             f"{config.checkpoint}: bounds=true is for worlds of worldline, whose state says what it holds; leave it out"
         )
+    if config.bounds and isinstance(world, World) and world.config.projection == "quantise":
+        raise WorldlineError(
+            f"{config.checkpoint}: bounds=true needs a derivative, and its latents jump from one point of a grid to "
+            "the next; leave it out"
+        )
     references = load_references(dataset.path, dataset.fingerprint, dataset.spec)
     _require_visible(references, dataset)
     context = max(2, *(context_frames(each) for each in every_world))
@@ -132,6 +137,8 @@ def evaluate(config: EvaluateConfig) -> Path:
             f"{config.horizon}; raise the horizon"
         )
     windows = choose_windows(dataset, context=context, horizon=config.horizon, count=config.windows)
+    references = load_references(dataset.path, dataset.fingerprint, dataset.spec)
+    _require_visible(references, dataset)
     donor = swap_across_episodes(windows.episodes, config.seed)
 
     with progress(f"evaluate {dataset.spec.name}", 2 + len(every_world)) as task:

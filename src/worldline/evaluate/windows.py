@@ -19,6 +19,9 @@ from worldline.model.world import World
 MIN_WINDOWS = 200
 MIN_EPISODES = 5
 _BATCH = 256
+_COPY = 0.02
+"""Root mean squared distance, in standard deviations, under which two stretches of states and actions are one. Between
+episodes of one simulator the nearest were 0.11 apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ def choose_windows(dataset: Dataset, *, context: int, horizon: int, count: int) 
     """Stride about `count` windows through the test episodes that are long enough.
 
     Raises:
-        WorldlineError: under 200 windows or under 5 episodes would be left.
+        WorldlineError: under 200 windows or under 5 episodes would be left, or training episodes hold some of them.
     """
     test = dataset.split("test")
     room = {e: dataset.lengths[e] - horizon - context + 1 for e in test}  # anchors that fit
@@ -59,7 +62,46 @@ def choose_windows(dataset: Dataset, *, context: int, horizon: int, count: int) 
         anchors = np.linspace(0, room[episode] - 1, share).round().astype(int) + context - 1
         index += [(episode, int(anchor)) for anchor in anchors]
         left -= share
-    return Windows(index=np.array(sorted(index)), context=context, horizon=horizon)
+    windows = Windows(index=np.array(sorted(index)), context=context, horizon=horizon)
+    _require_unseen(dataset, windows)
+    return windows
+
+
+def _require_unseen(dataset: Dataset, windows: Windows) -> None:
+    """Check that no test episode happens in training or validation episodes too, shifted in time or not.
+
+    Splits go by an episode's index, which tells nothing of its content: a model or a probe that has seen the episode
+    under another index would read its future from memory. States and actions are compared at five moments of a window.
+
+    Raises:
+        WorldlineError: at least half of a test episode's windows are seen elsewhere.
+    """
+    at = np.linspace(0, windows.horizon, 5).round().astype(int)
+
+    def stretches(episode: int, starts: Int64[np.ndarray, " m"]) -> Float32[np.ndarray, "m 5 f"]:
+        rows = np.concatenate([states_of(dataset, episode), dataset.actions(episode)], axis=1)
+        stretched: np.ndarray = rows[starts[:, None] + at]
+        return stretched
+
+    held_out = np.unique(windows.episodes).tolist()
+    test = np.concatenate([stretches(e, windows.index[windows.episodes == e, 1]) for e in held_out])
+    scale = test.std(axis=(0, 1))
+    unit = np.where(scale > 0, scale, 1.0) * np.sqrt(test[0].size)
+    sought = (test / unit).reshape(len(test), -1)
+    nearest, source = np.full(len(sought), np.inf), np.zeros(len(sought), dtype=np.int64)
+    for episode in (e for split in ("train", "validation") for e in dataset.split(split)):
+        starts = np.arange(dataset.lengths[episode] - windows.horizon)
+        seen = (stretches(episode, starts) / unit).reshape(len(starts), sought.shape[1])
+        squares = np.square(seen).sum(axis=1)[:, None] + np.square(sought).sum(axis=1) - 2 * seen @ sought.T
+        found = np.sqrt(squares.clip(min=0).min(axis=0, initial=np.inf))
+        nearest, source = np.minimum(nearest, found), np.where(found < nearest, episode, source)
+    for episode in held_out:
+        copied = (nearest < _COPY) & (windows.episodes == episode)
+        if 2 * copied.sum() >= (windows.episodes == episode).sum():
+            raise WorldlineError(
+                f"{dataset.path}: test episode {episode} happens again in episode {source[copied][0]}, which models "
+                "and probes are fitted on: expected test episodes that nobody has seen; remove one of the two"
+            )
 
 
 def encode_frames(world: AnyWorld, frames: UInt8[np.ndarray, "m h w 3"]) -> Float32[np.ndarray, "m d"]:
@@ -155,15 +197,33 @@ def past_actions(dataset: Dataset, windows: Windows) -> Float32[np.ndarray, "n c
 
 
 def roll_out(world: AnyWorld, cache: FrameCache, windows: Windows, donor: Int64[np.ndarray, " n"]) -> Rollouts:
-    """Encode the windows and imagine them with the recorded actions and with those of the windows `donor`."""
-    context, real = encode_windows(world, cache, windows)
+    """Encode the windows and imagine them with the recorded actions and with those of the windows `donor`.
+
+    In order of time: when a window is imagined, a model has been shown nothing of that episode beyond its context, so
+    that one which keeps what it is shown cannot have kept the future. Recorded and swapped actions come shuffled in one
+    batch, and no bookkeeping tells which are which.
+    """
     past, actions = past_actions(cache.dataset, windows), window_actions(cache.dataset, windows)
-    return Rollouts(
-        context=context,
-        real=real,
-        imagined=imagine(world, context, past, actions),
-        swapped=imagine(world, context, past, actions[donor]),
-    )
+    n = len(windows.index)
+    imagined: list[np.ndarray] = [np.empty(0)] * (2 * n)
+    for turn in _turns(windows):
+        first = windows.index[turn] - [0, windows.context - 1]
+        frames = cache.gather(first, windows.context)  # (m, c, h, w, 3)
+        context = encode_frames(world, frames.reshape(-1, *frames.shape[2:])).reshape(*frames.shape[:2], -1)
+        rows = rng_for("rows-of-a-rollout", n).permutation(2 * len(turn))
+        who = np.concatenate([turn, turn])[rows]
+        acts = np.concatenate([actions[turn], actions[donor[turn]]])[rows]
+        z_hat = imagine(world, np.concatenate([context, context])[rows], past[who], acts)
+        for row, z in zip(np.concatenate([turn, turn + n])[rows], z_hat, strict=True):
+            imagined[row] = z
+    context, real = encode_windows(world, cache, windows)
+    return Rollouts(context=context, real=real, imagined=np.stack(imagined[:n]), swapped=np.stack(imagined[n:]))
+
+
+def _turns(windows: Windows) -> list[Int64[np.ndarray, " m"]]:
+    """Return windows in groups: the first of every episode, then the second of those that have one, and so on."""
+    place = np.arange(len(windows.index)) - np.searchsorted(windows.episodes, windows.episodes)
+    return [np.flatnonzero(place == turn) for turn in range(place.max() + 1)]
 
 
 def middle_actions(world: World, like: Float[np.ndarray, "*b a"]) -> Float32[np.ndarray, "*b a"]:
