@@ -16,6 +16,8 @@ from torch.func import jacrev
 from worldline.core.types import WorldSpec
 from worldline.evaluate import bounds
 from worldline.evaluate.bounds import error_bound, largest_gain, measure_bound, tangent_spaces
+from worldline.evaluate.charts import bound_chart
+from worldline.evaluate.report import _bound_table
 from worldline.model.world import State, World, WorldConfig
 
 SPEC = WorldSpec(
@@ -72,6 +74,14 @@ def test_a_linear_predictor_has_the_singular_value_that_it_was_made_with() -> No
     np.testing.assert_allclose(found.bound.T, expected, rtol=1e-2)
     assert found.unconverged < 1e-3
     json.dumps(found.to_figures(), allow_nan=False)
+
+
+def test_a_world_that_never_errs_can_be_drawn() -> None:
+    found = measured(Linear(0.5 * np.eye(3), 3), 3, noise=0.0).to_figures()
+    assert found["gain_held"] is None
+    assert max(map(max, found["error"])) == 0.0
+    assert "the bound held" in _bound_table(found)
+    assert bound_chart({"bound": found}).startswith("<svg")
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -1,4 +1,4 @@
-"""How much one step can amplify an error, measured along held-out rollouts, and the bound on the error that follows.
+"""How much one step can amplify an error, measured along held-out rollouts, and the bound on the error, estimated.
 
 Let s_k be the state after k real latents: z_k, and the memory that comes from them. Let s_hat_k be the imagined state,
 s_hat_0 = s_0. One step F_k from s_k gives the next memory exactly and the next latent up to a residual r_{k+1}, so
@@ -8,8 +8,9 @@ s_hat_0 = s_0. One step F_k from s_k gives the next memory exactly and the next 
 and e_h = |z_hat_h - z_h| <= sum_j |r_j| L_j ... L_{h-1}. The memory is part of the state: an error that leaves the
 latent may wait in it and come back. Norm: |s|^2 = |z|^2 + scale^2 |memory|^2. Any scale gives a bound; it is set so
 that the memory acts on the latent as strongly as the latent on the memory. L_k is the largest singular value of the
-Jacobian at three points of the segment, by power iteration: a bound as far as these points and this iteration stand for
-the whole segment. docs/design/stability_driven_multimodal_system_design.md says more.
+Jacobian at three points of the segment, by power iteration. Both err to the low side, so what comes out is an estimate
+of the bound and no certificate; and it needs a step that is smooth, which one that quantises its latent is not.
+docs/design/stability_driven_multimodal_system_design.md says more.
 
 Shape legend: n windows, t steps, t1 = t + 1, q steps at which gains are split, p states, s size of a state, d latent,
 a action.
@@ -77,7 +78,8 @@ class Bound:
     tangent_dim: float
     """Mean dimension of the tangent spaces."""
     unconverged: float
-    """Largest relative change of a gain in its last iteration: power iteration approaches it from below."""
+    """Largest relative change of a gain in its last iteration. It tells of slow convergence and bounds nothing: power
+    iteration approaches the gain from below."""
 
     def to_figures(self) -> dict[str, Any]:
         """Return raw arrays and what they come to, as JSON."""
