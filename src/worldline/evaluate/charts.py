@@ -139,6 +139,33 @@ def bound_chart(figures: dict[str, Any]) -> str:
         return _svg(figure, "Measured error and its bound")
 
 
+def trust_chart(figures: dict[str, Any]) -> str:
+    """Draw how well each reading of the gauge tells wrong from right, and what the estimator's chances came to."""
+    trust = figures["trust"]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10.4, 3.0), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
+        h, counts = np.array(trust["at"]), np.array(trust["counts"])
+        for name, colour in (("region", SOFT), ("cycle", ACTION), ("estimator", DREAM)):
+            if name in trust["auroc"]:
+                area = _curve(trust["auroc"][name])
+                left.plot(h, area, color=colour, lw=1)
+                left.plot(h, np.where(counts, area, np.nan), color=colour, lw=2.4, label=name)
+        left.axhline(0.5, color=LINE, lw=1)
+        left.text(h[-1], 0.5, "chance", color=SOFT, ha="right", va="bottom", fontsize=9)
+        left.set(xlabel="horizon h, steps", ylabel="AUROC", ylim=(0, 1), xlim=(0, h[-1]))
+        left.legend(loc="lower left", fontsize=9, ncols=3)
+        right.plot((0, 1), (0, 1), color=LINE, lw=1)
+        if "reliability" in trust:
+            bins = trust["reliability"]["bins"]
+            size = np.array([row["count"] for row in bins])
+            said, found = ([row[key] for row in bins] for key in ("said", "found"))
+            right.plot(said, found, color=DREAM, lw=1)
+            right.scatter(said, found, s=12 + 120 * size / size.sum(), color=DREAM, lw=0)
+        right.set(xlabel="chance of being wrong, as told", ylabel="share that was", xlim=(0, 1), ylim=(0, 1))
+        return _svg(figure, "What the gauge knows of the error")
+
+
 def _factor(ax: Axes, name: str, factor: dict[str, Any], star: dict[str, Any], every: int) -> None:
     factor = factor | {key: value[::every] for key, value in factor.items() if isinstance(value, list)}
     r, credit = _curve(factor["r"]), _curve(factor["credit"])

@@ -38,6 +38,13 @@ class LoopConfig:
     """What a plan's cost is taken over: the mean over its steps, or the last."""
     whiten: bool = True
     """Measure latent distance where real latents have unit covariance; else every latent value counts as it is."""
+    trust: float | None = None
+    """Believe imagined steps up to where the world expects an error above this (1 is the variance of real latents);
+    None believes all. Without the screen that makes plans cheaper."""
+
+    def __post_init__(self) -> None:
+        if self.trust is not None and self.trust <= 0:
+            raise WorldlineError(f"loop.trust must be positive, got {self.trust}")
 
 
 class Problems(NamedTuple):
@@ -87,16 +94,21 @@ class WorldAgent:
     def __init__(self, world: World, loop: LoopConfig) -> None:
         """
         Raises:
-            WorldlineError: distances are to be whitened and the world's gauge, which knows how, is not fitted.
+            WorldlineError: distances are to be whitened and the world's gauge, which knows how, is not fitted;
+                or `trust` is given and nothing estimates its error.
         """
         if loop.whiten and not world.gauge.fitted:
             raise WorldlineError(
                 "this world's drift gauge is not fitted, so its latents cannot be whitened; give loop.whiten=false"
             )
+        if loop.trust is not None and world.gauge.estimator is None:
+            raise WorldlineError(
+                "loop.trust wants a world with an error estimator, and this one has none; scripts/fit_gauge fits one"
+            )
         self.space = Space.of(world.spec, world.action_mean, world.action_std)
         self._world, self._loop = world, loop
         self._matrix = world.gauge.whitening if loop.whiten else None
-        self._screen = make_screen(world)
+        self._screen = make_screen(world) if loop.trust is None else None
 
     @torch.no_grad()
     def begin(self, problems: Problems, simulators: list[Simulator]) -> None:
@@ -115,6 +127,7 @@ class WorldAgent:
             matrix=self._matrix,
             over=self._loop.over,
             screen=self._screen,
+            trust=self._loop.trust,
         )
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from worldline.core.files import write_bytes
-from worldline.evaluate.charts import bound_chart, latent_chart, long_chart, reliability_chart
+from worldline.evaluate.charts import bound_chart, latent_chart, long_chart, reliability_chart, trust_chart
 from worldline.evaluate.figures import headline
 from worldline.evaluate.pictures import MARKS, Scene, as_png, filmstrip, moving_picture, scaled
 from worldline.evaluate.ranking import nearest_multiple
@@ -25,6 +25,13 @@ _BOUND_LEAD = (
     "between the true state and the imagined one. Between these points it can be larger: what is drawn is an "
     "estimate of the bound, from below, and no promise for other episodes. Unit: root mean squared distance of real "
     "latents from their mean."
+)
+
+_TRUST_LEAD = (
+    "Which imagined latents are wrong, told without the truth. Wrong: the squared error in whitened units, mean over "
+    "directions, is above half the variance of real latents. AUROC: how often a wrong window reads higher than a right "
+    "one at the same horizon (a clock has 0.5); thick where 10 to 90% are wrong, and only these horizons count. On the "
+    "right, the chance that the world's own estimator gave, and how many were wrong; the area is the number of windows."
 )
 
 
@@ -67,6 +74,8 @@ def render(figures: dict[str, Any], scene: Scene, gif: bytes) -> str:
         ),
         _section("The latent itself", "", latent_chart(figures) + long_chart(figures) + _latent_table(figures)),
     ]
+    if figures.get("trust"):
+        sections.append(_section("When not to believe it", _TRUST_LEAD, trust_chart(figures) + _trust_table(figures)))
     if "bound" in figures:
         sections.append(_section("What is bounded", _BOUND_LEAD, bound_chart(figures) + _bound_table(figures["bound"])))
     if "compare" in figures:
@@ -200,6 +209,28 @@ def _latent_table(figures: dict[str, Any]) -> str:
             found = ", ".join(f"{_value(c)} at {h}" for h, c in zip(gauge["at"], gauge[kind], strict=True))
             rows.append([f"rank correlation of the gauge's {label} with true error, within a horizon", found])
     return _table(["figure", "value"], rows, text_columns=1)
+
+
+def _trust_table(figures: dict[str, Any]) -> str:
+    trust = figures["trust"]
+    marks = [i for i, h in enumerate(trust["at"]) if h in (10, 25, 50, 75, 100)]
+    rows = [["share of windows that are wrong", *(_value(trust["share_wrong"][i]) for i in marks), ""]]
+    for name, label in (
+        ("estimator", "the estimator of the error"),
+        ("region", "the radius"),
+        ("cycle", "the cycle distance"),
+    ):
+        area = trust["auroc"].get(name)
+        cells = ["n/a"] * len(marks) if area is None else [_value(area[i]) for i in marks]
+        rows.append([f"AUROC of {label}", *cells, _between(trust["mean_auroc"].get(name))])
+    if "reliability" in trust:
+        for key, label in (("error", "mean error"), ("expected_error", "mean error, as expected")):
+            rows.append([label, *(_value(trust[key][i]) for i in marks), ""])
+        gap = f"<p>Mean gap between chance and share: {trust['reliability']['mean_gap']:.3f}.</p>"
+    else:
+        gap = "<p>This world has no error estimator; <code>scripts/fit_gauge</code> fits one.</p>"
+    header = ["", *(f"h = {trust['at'][i]}" for i in marks), "mean over horizons that count"]
+    return _table(header, rows, text_columns=1) + gap
 
 
 def _bound_table(bound: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from worldline.evaluate.probe import fit_probe
 from worldline.evaluate.ranking import nearest_multiple
 from worldline.evaluate.reliability import DRAWS, HORIZONS, VISIBLE_R2, Interval, paired_difference, rank_correlation
 from worldline.evaluate.report import write_report
+from worldline.evaluate.trust import measure_trust
 from worldline.evaluate.windows import (
     Windows,
     choose_windows,
@@ -155,6 +156,7 @@ def evaluate(config: EvaluateConfig) -> Path:
             task.advance(1, "compared")
         long = _long_rollouts(world, cache, ours)
         gauge = _gauge(world, cache, windows, ours)
+        trust = _trust(world, cache, windows, ours, config)
         task.advance(1, "gauge")
         bound = _bound(world, cache, windows, ours, config) if config.bounds else None
         figures = to_figures(ours, dataset.spec)
@@ -175,6 +177,7 @@ def evaluate(config: EvaluateConfig) -> Path:
             },
             "long_rollouts": long,
             "gauge": gauge,
+            "trust": trust,
         }
         if bound is not None:
             figures["bound"] = bound.to_figures()
@@ -355,6 +358,24 @@ def _gauge(world: AnyWorld, cache: FrameCache, windows: Windows, ours: Measureme
         "region": [None if np.isnan(c) else round(float(c), 4) for c in rank_correlation(region, error)],
         "cycle": [None if np.isnan(c) else round(float(c), 4) for c in rank_correlation(cycle, error)],
     }
+
+
+def _trust(
+    world: AnyWorld, cache: FrameCache, windows: Windows, ours: Measurement, config: EvaluateConfig
+) -> dict[str, Any] | None:
+    """Return how well the world tells its own error; None where it has no gauge."""
+    if isinstance(world, ForeignWorld) or not world.gauge.fitted:
+        return None
+    return measure_trust(
+        world,
+        ours.rollouts.context,
+        past_actions(cache.dataset, windows),
+        window_actions(cache.dataset, windows),
+        ours.rollouts.real,
+        windows.episodes,
+        config.draws,
+        config.seed,
+    )
 
 
 @torch.inference_mode()

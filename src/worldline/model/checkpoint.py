@@ -1,5 +1,8 @@
 """Worlds as files: a directory with `model.safetensors` and `world.json`, the card that says what it is.
 
+The gauge's error estimator, where there is one, lies beside them in `estimator.safetensors`. It reads a world and
+changes nothing in it, so that it can be fitted later and has no part in the hash that replays are tied to.
+
 A run directory holds checkpoints under `best` and `last`; worlds that come with the package lie in `worldline/shipped`.
 """
 
@@ -12,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from worldline.core.errors import WorldlineError
 from worldline.core.files import fsync_directory, read_json, sha256_file, write_bytes, write_json
 from worldline.core.types import WorldSpec
+from worldline.model.estimator import ErrorEstimator, memory_size
 from worldline.model.world import World, WorldConfig
 
 FORMAT = "worldline-world"
 VERSION = 1
-CARD, WEIGHTS = "world.json", "model.safetensors"
+CARD, WEIGHTS, ESTIMATOR = "world.json", "model.safetensors", "estimator.safetensors"
 SHIPPED = Path(__file__).resolve().parents[1] / "shipped"
 
 
@@ -60,9 +64,9 @@ def save_world(
 def write_world(
     directory: Path, world: World, *, training: dict[str, Any], result: dict[str, Any] | None = None, half: bool = False
 ) -> None:
-    """Write a world's two files into `directory`, which nobody reads yet; `save_world` is the atomic form."""
+    """Write a world's files into `directory`, which nobody reads yet; `save_world` is the atomic form."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in world.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in world_tensors(world).items()}
     if half:
         tensors = {n: t.half() if t.dtype == torch.float32 and not _exact(n) else t for n, t in tensors.items()}
     weights = directory / WEIGHTS
@@ -82,6 +86,15 @@ def write_world(
         "result": result or {},
     }
     write_json(directory / CARD, card)
+    if world.gauge.estimator is not None:
+        save_estimator(directory, world.gauge.estimator)
+
+
+def save_estimator(directory: Path, estimator: ErrorEstimator) -> None:
+    """Put an error estimator beside the world in `directory` that it was fitted on, in place of one already there."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in estimator.state_dict().items()}
+    fitted_on = {"weights_sha256": read_card(directory)["weights"]["sha256"]}
+    write_bytes(directory / ESTIMATOR, save(tensors, metadata=fitted_on))
 
 
 def load_world(path_or_name: str | Path) -> World:
@@ -111,6 +124,8 @@ def load_world(path_or_name: str | Path) -> World:
         reason = str(error).partition("\n")[0]
         raise WorldlineError(f"{directory}: not a world that this version can read ({reason})") from None
     _fill(world, tensors, weights)
+    if (directory / ESTIMATOR).exists():
+        world.gauge.estimator = _load_estimator(directory / ESTIMATOR, world, found)
     return world.eval().requires_grad_(False)
 
 
@@ -159,10 +174,15 @@ def shipped_worlds() -> list[str]:
     return sorted(card.parent.name for card in SHIPPED.glob(f"*/{CARD}"))
 
 
+def world_tensors(world: nn.Module) -> dict[str, Tensor]:
+    """Return a model's tensors by name, those of a world's error estimator left out."""
+    return {name: tensor for name, tensor in world.state_dict().items() if not name.startswith("gauge.estimator.")}
+
+
 def weights_sha256(world: nn.Module) -> str:
-    """Return a hash over every tensor of a model as it is in memory: names, shapes, bytes."""
+    """Return a hash over a model's tensors (`world_tensors`) as they are in memory: names, shapes, bytes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(world.state_dict().items()):
+    for name, tensor in sorted(world_tensors(world).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -179,6 +199,23 @@ def _typed(options: dict[str, Any]) -> dict[str, Any]:
 def _exact(name: str) -> bool:
     """Name the small tensors whose range or precision float16 lacks: statistics, not weights."""
     return name.startswith("action_") or "running_" in name or (name.startswith("gauge.") and "whitening" not in name)
+
+
+def _load_estimator(path: Path, world: World, weights: str) -> ErrorEstimator:
+    try:
+        with safe_open(path, framework="pt") as file:
+            fitted_on = (file.metadata() or {}).get("weights_sha256")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        estimator = ErrorEstimator(
+            world.config.latent_dim, memory_size(world.predictor.initial(1)), hidden=len(tensors["hidden.weight"])
+        )
+        estimator.load_state_dict(tensors)
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise WorldlineError(f"{path}: not an error estimator of this world ({reason}); remove it") from None
+    if fitted_on != weights:
+        raise WorldlineError(f"{path} was fitted on other weights than those beside it; remove it, or fit it again")
+    return estimator
 
 
 def _fill(world: World, tensors: dict[str, Tensor], source: Path) -> None:

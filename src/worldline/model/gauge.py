@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from worldline.core.errors import WorldlineError
+from worldline.model.estimator import ErrorEstimator, Estimate
 
 if TYPE_CHECKING:
     from worldline.model.world import World
@@ -24,6 +25,7 @@ class Gauge(nn.Module):
     """The region of real latents, kept as buffers, so that it travels with the weights.
 
     Both readings are relative: 1.0 is the 99% quantile over real frames, and beyond it a latent is out of the ordinary.
+    Where an `estimator` was fitted, `estimate` says how wrong an imagined state is expected to be.
     """
 
     mean: Tensor
@@ -37,6 +39,7 @@ class Gauge(nn.Module):
         self.register_buffer("whitening", torch.eye(latent_dim))
         self.register_buffer("radius99", torch.tensor(0.0))
         self.register_buffer("cycle99", torch.tensor(0.0))
+        self.estimator: ErrorEstimator | None = None
 
     @property
     def fitted(self) -> bool:
@@ -77,6 +80,26 @@ class Gauge(nn.Module):
     def cycle(self, world: World, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
         """Return the cycle distance over its 99% quantile on real frames."""
         return self.cycle_distance(world, z) / self._checked(self.cycle99)
+
+    def error(self, z_hat: Float[Tensor, "*b d"], z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
+        """Return the true error of imagined latents: e = |W (z_hat - z)|^2 / d."""
+        return ((z_hat - z) @ self.whitening).square().mean(dim=-1)
+
+    def estimate(
+        self, z_hat: Float[Tensor, "b d"], memory: tuple[Tensor, ...], steps: int | Int[Tensor, " b"]
+    ) -> Estimate:
+        """Return what is expected of the true error of an imagined state, `steps` steps after its last real frame.
+
+        Raises:
+            WorldlineError: no estimator was fitted for this world.
+        """
+        if self.estimator is None:
+            raise WorldlineError(
+                "this world has no error estimator; scripts/fit_gauge fits one on the dataset it was trained on"
+            )
+        if isinstance(steps, int):
+            steps = torch.full(z_hat.shape[:1], steps, device=z_hat.device)
+        return self.estimator.estimate((z_hat - self.mean) @ self.whitening, memory, steps)
 
     def _checked(self, scale: Tensor) -> Tensor:
         if scale <= 0:

@@ -17,6 +17,7 @@ from worldline.core.errors import WorldlineError
 from worldline.core.types import WorldSpec
 from worldline.model.conv import ConvEncoder
 from worldline.model.decoder import ConvDecoder
+from worldline.model.estimator import Estimate
 from worldline.model.gauge import Gauge
 from worldline.model.predictor import GRUPredictor, TransformerPredictor
 from worldline.model.vit import ViTEncoder
@@ -174,6 +175,24 @@ class World(nn.Module):
             state = self.step(state, action)
             predictions.append(state.z)
         return torch.stack(predictions, dim=1)
+
+    def rollout_with_error(
+        self, state: State, actions: Float[Tensor, "b t a"], since: int = 0
+    ) -> tuple[Float[Tensor, "b t d"], Estimate]:
+        """Roll out, and return with each latent what is expected of its true error, (b, t) each.
+
+        `since` counts the steps that `state` itself has been imagined for; 0 means that its latent is a real one.
+
+        Raises:
+            WorldlineError: the gauge has no error estimator.
+        """
+        predictions, estimates = [], []
+        for step, action in enumerate(actions.unbind(1), start=since + 1):
+            state = self.step(state, action)
+            predictions.append(state.z)
+            estimates.append(self.gauge.estimate(state.z, state.memory, step))
+        by_step = Estimate(*(torch.stack(values, dim=1) for values in zip(*estimates, strict=True)))
+        return torch.stack(predictions, dim=1), by_step
 
     def teacher_forced(self, z: Float[Tensor, "b t d"], actions: Float[Tensor, "b t a"]) -> Float[Tensor, "b t d"]:
         """Predict each latent's successor from the true latents so far: row i predicts z[:, i + 1]."""

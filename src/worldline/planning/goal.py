@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from worldline.core.errors import WorldlineError
 from worldline.model.world import State, World
 from worldline.planning.screen import Screen, Step
 
@@ -33,6 +34,10 @@ class GoalCost:
     `hold` world steps are imagined for each planned action. `matrix` maps latents to the directions that count
     (`planning.metric`); None counts all alike. With a `screen` of the same world, `elites` imagines most candidates
     roughly and only those near the border between elites and others exactly.
+
+    With `trust`, a candidate's horizon ends at the first step whose expected error (`World.rollout_with_error`) passes
+    it: later steps count as far from the goal as the last one believed, so that nothing is gained by what is imagined
+    there. The first step is always believed.
     """
 
     def __init__(
@@ -45,10 +50,20 @@ class GoalCost:
         matrix: Float[Tensor, "d r"] | None = None,
         over: Over = "mean",
         screen: Screen | None = None,
+        trust: float | None = None,
     ) -> None:
+        """
+        Raises:
+            WorldlineError: `trust` is given for a world without an error estimator, or together with a screen.
+        """
+        if trust is not None and (world.gauge.estimator is None or screen is not None):
+            raise WorldlineError(
+                "trust wants a world with an error estimator and no screen, got "
+                + ("no estimator; scripts/fit_gauge fits one" if world.gauge.estimator is None else "a screen")
+            )
         self._world, self._state, self._goal = world, state, goal
         self._hold, self._matrix, self._over = hold, matrix, over
-        self._screen = screen
+        self._screen, self._trust = screen, trust
         self._references: list[list[Step] | None] = [None] * len(goal)
         self._errors, self._rounds = [0.0] * len(goal), [0] * len(goal)
 
@@ -83,7 +98,11 @@ class GoalCost:
         n = len(actions)
         z, memory = self._state.z[problem], (part[problem] for part in self._state.memory)
         state = State(z.expand(n, -1), tuple(part.expand(n, *part.shape) for part in memory))
-        return self._distance(problem, self._world.rollout(state, actions.repeat_interleave(self._hold, dim=1)))
+        held = actions.repeat_interleave(self._hold, dim=1)
+        if self._trust is None:
+            return self._distance(problem, self._world.rollout(state, held))
+        imagined, expected = self._world.rollout_with_error(state, held)
+        return self._distance(problem, imagined, last_believed(expected.error, self._trust))
 
     def _rough(self, problem: int, actions: Float[Tensor, "n t a"]) -> Float[Tensor, " n"]:
         assert self._screen is not None
@@ -96,13 +115,24 @@ class GoalCost:
             imagined = self._screen.rollout(z, h, held, reference)
         return self._distance(problem, imagined)
 
-    def _distance(self, problem: int, imagined: Float[Tensor, "n t d"]) -> Float[Tensor, " n"]:
+    def _distance(
+        self, problem: int, imagined: Float[Tensor, "n t d"], believed: Int64[Tensor, " n"] | None = None
+    ) -> Float[Tensor, " n"]:
+        if believed is not None:
+            step = torch.arange(imagined.shape[1]).minimum(believed[:, None])  # (n, t)
+            imagined = imagined.gather(1, step[:, :, None].expand_as(imagined))
         if self._over == "last":
             imagined = imagined[:, -1:]
         offset = imagined - self._goal[problem]
         if self._matrix is not None:
             offset = offset @ self._matrix
         return offset.square().sum(dim=-1).mean(dim=-1)
+
+
+def last_believed(error: Float[Tensor, "n t"], trust: float) -> Int64[Tensor, " n"]:
+    """Return the index of the last step before the expected error passes `trust` for the first time; at least 0."""
+    believed: Tensor = (error <= trust).long().cumprod(dim=1).sum(dim=1)
+    return (believed - 1).clamp(min=0)
 
 
 def _defined(costs: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from worldline.core.seeding import seed_for
 from worldline.data.cache import FrameCache
 from worldline.data.lerobot import Dataset, open_dataset
 from worldline.data.sampler import Prefetcher
-from worldline.model.checkpoint import load_world, weights_sha256
+from worldline.model.checkpoint import find_world, load_world, save_estimator, weights_sha256, world_tensors
 from worldline.model.world import World
 from worldline.train.checkpoint import (
     METRICS,
@@ -42,6 +42,7 @@ from worldline.train.checkpoint import (
     truncate_lines,
 )
 from worldline.train.config import StageConfig, TrainConfig, rollout_length, stage_at, total_steps
+from worldline.train.estimate import fit_estimator, rollout_steps
 from worldline.train.features import PictureFeatures
 from worldline.train.geometry import Geometry, measure_geometry
 from worldline.train.losses import warmup_cosine
@@ -239,7 +240,7 @@ class Training:
         if found is not None:
             directory, saved = found
             self.step, self.best_step, self.best_score = saved.step, saved.best_step, saved.best_score
-            kept = load_world(directory).state_dict()
+            kept = world_tensors(load_world(directory))
             raw = _without("world.", saved.tensors)
             self.world.load_state_dict(raw or kept)
             if raw:
@@ -257,6 +258,14 @@ class Training:
         world.gauge.fit(world, encode_frames(world, self.gauge_frames).to(self.config.device))
         world.train(was_training)
 
+    def _fit_estimator(self, best: World) -> bool:
+        """Put an error estimator beside the best checkpoint, if the validation episodes suffice; say so if not."""
+        if not rollout_steps(self.dataset, best.config.context):
+            print(f"{self.config.path}: too few or too short validation episodes for an error estimator; left out")
+            return False
+        save_estimator(find_world(self.config.path), fit_estimator(best, self.cache, self.config.seed))
+        return True
+
     def _log(self, file: str, line: dict[str, Any]) -> None:
         append_line(self.config.path / file, {"step": self.step, **line})
 
@@ -265,12 +274,14 @@ class Training:
         lines = [json.loads(line) for line in (self.config.path / METRICS).read_text().splitlines()]
         validations = {line["step"]: line["validation"] for line in lines if "validation" in line}
         best = load_world(self.config.path)
+        estimates = self._fit_estimator(best)
         figures = {
             "steps": self.step,
             "best_step": self.best_step,
             "validation": validations[self.best_step],
             "weights": weights_sha256(best),
             "parameters": sum(p.numel() for p in best.parameters()),
+            "error_estimator": estimates,
             "data": self.card["data"],
             "config": self.config.to_json(),
         }
