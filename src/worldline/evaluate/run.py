@@ -128,8 +128,6 @@ def evaluate(config: EvaluateConfig) -> Path:
             f"{config.checkpoint}: bounds=true needs a derivative, and its latents jump from one point of a grid to "
             "the next; leave it out"
         )
-    references = load_references(dataset.path, dataset.fingerprint, dataset.spec)
-    _require_visible(references, dataset)
     context = max(2, *(context_frames(each) for each in every_world))
     every = math.lcm(*(frame_skip(each) for each in every_world))
     if every > config.horizon:
@@ -200,9 +198,10 @@ def evaluate(config: EvaluateConfig) -> Path:
 def _write_draws(path: Path, windows: Windows, ours: Measurement) -> None:
     """Keep the bootstrap draws: models scored on the same windows with the same seed are paired draw by draw."""
     found = ours.reliability
-    draws = {f"hri_{t}": values for t, values in found.hri_draws.items()} | {"h_star": found.horizon.draws}
+    arrays: dict[str, Any] = {f"hri_{t}": values for t, values in found.hri_draws.items()}
+    arrays |= {"h_star": found.horizon.draws, "windows": windows.index}
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, windows=windows.index, **draws)
+        np.savez_compressed(file, **arrays)
 
 
 def _load(path: str, dataset: Dataset, config: EvaluateConfig) -> AnyWorld:

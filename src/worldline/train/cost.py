@@ -22,7 +22,7 @@ class Cost(NamedTuple):
     prepare_seconds: float
     """What the stage takes before its first update."""
     update_seconds: float
-    """Mean over updates spread over the stage, so that a growing rollout counts as it grows, their batches included. CPU
+    """Mean over updates spread over the stage, so that a growing rollout counts as it grows, batches included. CPU
     seconds: what the wall-clock shows on one core where nothing else runs, whatever else does run now."""
     update_flops: float
     """Mean over the same updates: multiplications and additions of matrix products and convolutions, backward included
