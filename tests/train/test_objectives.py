@@ -9,7 +9,7 @@ from worldline.cli import CONF, main
 
 TERMS = {  # of the joint and of the frozen stage
     "drift_aware": (
-        {"own_rollout", "sigreg", "features", "inverse_dynamics", "grounding"},
+        {"one_step", "own_rollout", "sigreg", "features", "inverse_dynamics", "grounding"},
         {"own_rollout", "rollout_sigreg", "grounding"},
     ),
     "teacher_forced": (
