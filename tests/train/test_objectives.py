@@ -8,6 +8,10 @@ import pytest
 from worldline.cli import CONF, main
 
 TERMS = {  # of the joint and of the frozen stage
+    "own_rollouts": (
+        {"own_rollout", "sigreg", "features", "inverse_dynamics", "grounding"},
+        {"own_rollout", "grounding"},
+    ),
     "drift_aware": (
         {"one_step", "own_rollout", "sigreg", "features", "inverse_dynamics", "grounding"},
         {"own_rollout", "rollout_sigreg", "grounding"},
