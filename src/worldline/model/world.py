@@ -22,7 +22,6 @@ from worldline.model.gauge import Gauge
 from worldline.model.predictor import GRUPredictor, TransformerPredictor
 from worldline.model.vit import ViTEncoder
 
-
 _REACH = 3.0  # latents are standardised
 
 
