@@ -83,3 +83,5 @@ def test_a_world_is_judged_with_and_without_an_estimator(dataset: Dataset, tmp_p
         z_hat = world.rollout(state, torch.from_numpy(actions))
         error = world.gauge.error(z_hat, torch.from_numpy(real[:, 1:].copy())).numpy()
     np.testing.assert_allclose(figures["share_wrong"], (error > 0.5).mean(axis=0)[4::5], atol=1e-5)
+    if fitted:  # shares may be all alike, errors are not
+        np.testing.assert_allclose(figures["error"], error.mean(axis=0)[4::5], rtol=1e-4, atol=1e-5)

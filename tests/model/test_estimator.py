@@ -25,12 +25,13 @@ def test_mean_and_chance_are_those_of_the_distribution() -> None:
     torch.manual_seed(0)
     estimator = ErrorEstimator(4, 3).requires_grad_(False)
     white, memory, steps = torch.randn(5, 4), (torch.randn(5, 3),), torch.arange(1, 6)
-    estimator.out.bias[1] -= 10.0  # narrow: the mean of a wide log-normal distribution is slow to be drawn
+    estimator.out.bias[1] -= 1.5  # narrower: the mean of a wide log-normal distribution is slow to be drawn
     narrow = estimator.estimate(white, memory, steps)
     mu, log_sigma = estimator(estimator.features(white, memory, steps))
     drawn = torch.exp(mu + log_sigma.exp() * torch.randn(100_000, 5))
-    torch.testing.assert_close(narrow.error, drawn.mean(dim=0), rtol=1e-3, atol=0)
-    estimator.out.bias[1] += 10.0
+    torch.testing.assert_close(narrow.error, drawn.mean(dim=0), rtol=5e-3, atol=0)
+    assert (drawn.mean(dim=0) / mu.exp()).min() > 1.01
+    estimator.out.bias[1] += 1.5
     wide = estimator.estimate(white, memory, steps)
     mu, log_sigma = estimator(estimator.features(white, memory, steps))
     drawn = torch.exp(mu + log_sigma.exp() * torch.randn(400_000, 5))
