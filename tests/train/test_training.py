@@ -287,12 +287,19 @@ def test_rollouts_grow_to_their_length() -> None:
     assert lengths == sorted(lengths)
 
 
+def test_a_rollout_holds_a_target() -> None:
+    StageConfig(steps=1, batch=1, rollout=16, rollout_start=8, target_stride=8)
+    for start in (0, 4):
+        with pytest.raises(WorldlineError, match="target_stride must be at most the shortest rollout"):
+            StageConfig(steps=1, batch=1, rollout=7, rollout_start=start, target_stride=8)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"joint": StageConfig(steps=0, batch=1, rollout=1), "frozen": StageConfig(steps=0, batch=1, rollout=1)},
         {"frozen": StageConfig(steps=1, batch=1, rollout=1, sigreg=1.0)},
-        {"frozen": StageConfig(steps=1, batch=1, rollout=1, target_stride=2)},
+        {"frozen": StageConfig(steps=1, batch=1, rollout=2, target_stride=2)},
         {"frozen": StageConfig(steps=1, batch=1, rollout=1, rollout_inverse=1.0)},
         {"joint": StageConfig(steps=1, batch=1, rollout=1, excess_growth=1.0)},
         {"log_every": 0},

@@ -121,8 +121,10 @@ class StageConfig:
         for name in ("prediction_share", "rollout_ramp", "lr_end", "ema"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise WorldlineError(f"a stage's {name} must lie between 0 and 1, got {getattr(self, name)}")
-        if self.target_stride > self.rollout:
-            raise WorldlineError(f"target_stride must be at most rollout {self.rollout}, got {self.target_stride}")
+        if self.target_stride > (shortest := self.rollout_start or self.rollout):
+            raise WorldlineError(
+                f"target_stride must be at most the shortest rollout {shortest}, got {self.target_stride}"
+            )
         if self.rollout_start > self.rollout:
             raise WorldlineError(f"rollout_start must be at most rollout {self.rollout}, got {self.rollout_start}")
 
