@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from toy_world import SPEC
 from worldline.core.errors import WorldlineError
-from worldline.core.types import WorldSpec
 from worldline.evaluate.closed_loop import LoopConfig, WorldAgent
 from worldline.model import WorldConfig
 from worldline.model.estimator import ErrorEstimator, memory_size
@@ -12,15 +12,6 @@ from worldline.model.world import State, World
 from worldline.planning.goal import GoalCost, last_believed
 from worldline.planning.planners import PlannerConfig, Space, plan
 from worldline.planning.screen import make_screen
-
-SPEC = WorldSpec(
-    name="toy",
-    image_size=32,
-    step_seconds=0.04,
-    action_names=("x", "y"),
-    action_low=(0.0, 0.0),
-    action_high=(512.0, 512.0),
-)
 
 
 @pytest.fixture

@@ -6,22 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from toy_world import SPEC
 from worldline.bench.plan import Problem
-from worldline.core.types import WorldSpec
 from worldline.model import WorldConfig
 from worldline.model.world import State, World
 from worldline.planning.goal import GoalCost
 from worldline.planning.planners import PlannerConfig
 from worldline.planning.screen import Screen, make_screen
 
-SPEC = WorldSpec(
-    name="toy",
-    image_size=32,
-    step_seconds=0.04,
-    action_names=("x", "y"),
-    action_low=(0.0, 0.0),
-    action_high=(512.0, 512.0),
-)
 PLANNER = PlannerConfig(steps=4, samples=200, iterations=8, elites=20)
 
 

@@ -118,7 +118,9 @@ def run(config: AblateConfig) -> Path:
                     failures[each.title] = cost
                 else:
                     runs.append(each._replace(steps=_steps(config, cost)))
-    runs.sort(key=lambda each: each.seed)  # all of one seed before any of the next, so that half a grid says something
+    # the variants before the terms, and all of one seed before any of the next, so that half a grid says something
+    terms = {_named(text)[0] for text in config.terms}
+    runs.sort(key=lambda each: (each.variant in terms, each.seed))
     with progress(f"ablate {config.name}", len(runs)) as task, ThreadPoolExecutor(config.workers) as pool:
         for each, failure in zip(runs, pool.map(lambda one: _finish(config, data / one.world, one), runs), strict=True):
             if failure:
@@ -127,8 +129,9 @@ def run(config: AblateConfig) -> Path:
     finished = [each for each in runs if each.title not in failures]
     if not finished:
         raise WorldlineError(f"ablate: every run failed, the first with: {next(iter(failures.values()))}")
-    for world in worlds if config.plan is not None else ():
-        _oracle(config, data / world, next(each for each in finished if each.world == world))
+    if config.plan is not None:
+        for each in {each.world: each for each in reversed(finished)}.values():
+            _oracle(config, data / each.world, each)
     figures = {
         "config": asdict(config),
         "costs": costs,
