@@ -4,8 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from toy_world import SPEC, TINY
 from worldline.cli import CONF, main
+from worldline.model.world import World
+from worldline.train.config import StageConfig
+from worldline.train.geometry import Geometry
+from worldline.train.losses import sigreg
+from worldline.train.objective import FrozenBatch, Heads, frozen_terms
 
 TERMS = {  # of the joint and of the frozen stage
     "own_rollouts": (
@@ -49,3 +56,28 @@ def test_a_preset_trains_by_its_recipes_terms(name: str, tiny_data: Path, tmp_pa
     for stage, expected in zip(("joint", "frozen"), TERMS[name], strict=True):
         found = [set(line) - {"step", "stage", "loss", "gradient_norm"} for line in lines if line["stage"] == stage]
         assert [terms for terms in found if "validation" not in terms] == [expected] * 2
+
+
+def test_only_late_steps_are_spread_where_that_is_asked_for() -> None:
+    torch.manual_seed(0)
+    world = World(TINY, SPEC)
+    c, rollout, first = world.config.context, 12, 9
+    z, actions = torch.randn(32, c + rollout, 24), torch.rand(32, c + rollout, 2)
+    none = torch.zeros(0, dtype=torch.int64)
+    batch = FrozenBatch(z, actions, none, none, torch.zeros(0, 2, 32, 32, 3, dtype=torch.uint8))
+    stage = StageConfig(
+        steps=1, batch=32, own_rollout=0.0, rollout=rollout, rollout_sigreg=1.0, rollout_sigreg_from=first
+    )
+    geometry = Geometry(torch.full((24,), 0.3), 1.7 * torch.eye(24), torch.zeros(rollout))
+
+    def terms(rollout: int) -> dict[str, torch.Tensor]:
+        heads = Heads(inverse=False, latent_dim=24, action_dim=2, features=0)
+        generator = torch.Generator().manual_seed(5)
+        return frozen_terms(world, heads, batch, stage, rollout, torch.zeros(32, 32, 3), generator, geometry)
+
+    z_hat = world.rollout(world.begin(z[:, :c], actions[:, : c - 1]), actions[:, c - 1 : c - 1 + rollout])
+    late = (1.7 * (z_hat[:, first - 1 :] - 0.3)).transpose(0, 1)
+    generator = torch.Generator().manual_seed(5)
+    order = torch.randperm(len(late), generator=generator)
+    assert torch.equal(terms(rollout)["rollout_sigreg"], sigreg(late[order], generator, projections=stage.projections))
+    assert "rollout_sigreg" not in terms(first - 1)  # while rollouts are still short

@@ -65,6 +65,9 @@ class StageConfig:
     """Weight of the rollout error's growing faster than real neighbours part (the frozen stage only)."""
     rollout_sigreg: float = 0.0
     """Weight of SIGReg on rolled-out latents, whitened like real ones, at 8 random steps (the frozen stage only)."""
+    rollout_sigreg_from: int = 1
+    """The first step of a rollout that `rollout_sigreg` looks at. Where much cannot be predicted, spreading costs
+    accuracy, and late steps have the least of it to lose."""
     rollout_inverse: float = 0.0
     """Weight of telling the action from two rolled-out latents in a row, by the head that `inverse_dynamics` trains on
     real ones (the frozen stage only)."""
@@ -113,6 +116,7 @@ class StageConfig:
             "batch": 1,
             "rollout": 1,
             "rollout_start": 0,
+            "rollout_sigreg_from": 1,
             "target_stride": 1,
             "pixel_frames": 1,
             "warmup": 0,
@@ -124,6 +128,10 @@ class StageConfig:
         if self.target_stride > (shortest := self.rollout_start or self.rollout):
             raise WorldlineError(
                 f"target_stride must be at most the shortest rollout {shortest}, got {self.target_stride}"
+            )
+        if self.rollout_sigreg and self.rollout_sigreg_from > self.rollout:
+            raise WorldlineError(
+                f"rollout_sigreg_from must be at most rollout {self.rollout}, got {self.rollout_sigreg_from}"
             )
         if self.rollout_start > self.rollout:
             raise WorldlineError(f"rollout_start must be at most rollout {self.rollout}, got {self.rollout_start}")

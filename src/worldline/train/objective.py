@@ -164,8 +164,8 @@ def frozen_terms(
     if stage.excess_growth and geometry is not None:
         allowed = geometry.log_growth[: rollout - 1]
         terms["excess_growth"] = losses.excess_growth(z_hat.float(), z[:, c : c + rollout], geometry.whitening, allowed)
-    if stage.rollout_sigreg and geometry is not None:
-        steps = torch.randperm(rollout, generator=generator)[:_SIGREG_STEPS].to(z.device)
+    if stage.rollout_sigreg and geometry is not None and rollout >= (first := stage.rollout_sigreg_from):
+        steps = first - 1 + torch.randperm(rollout - first + 1, generator=generator)[:_SIGREG_STEPS].to(z.device)
         whitened = (z_hat[:, steps].float() - geometry.mean) @ geometry.whitening
         groups = whitened.transpose(0, 1)
         terms["rollout_sigreg"] = losses.sigreg(groups, generator, projections=stage.projections)
