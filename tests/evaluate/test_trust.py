@@ -12,7 +12,7 @@ from worldline.data.lerobot import Dataset
 from worldline.evaluate.trust import auroc, judge, measure_trust, reliability_diagram
 from worldline.evaluate.windows import choose_windows, encode_windows, past_actions, window_actions
 from worldline.model.checkpoint import load_world
-from worldline.model.estimator import ErrorEstimator, memory_size
+from worldline.model.estimator import ErrorEstimator
 
 RNG = np.random.default_rng(0)
 EPISODES = np.repeat(np.arange(40), 10)
@@ -69,8 +69,7 @@ def test_a_world_is_judged_with_and_without_an_estimator(dataset: Dataset, tmp_p
     world = load_world(world_at(tmp_path / "world", dataset, 0))
     if fitted:
         torch.manual_seed(0)
-        memory = memory_size(world.predictor.initial(1))
-        world.gauge.estimator = ErrorEstimator(24, memory).eval().requires_grad_(False)
+        world.gauge.estimator = ErrorEstimator(24, 30).eval().requires_grad_(False)
     windows = choose_windows(dataset, context=4, horizon=20, count=200)
     context, real = encode_windows(world, FrameCache(dataset, 64), windows)
     past, actions = past_actions(dataset, windows), window_actions(dataset, windows)

@@ -7,7 +7,7 @@ from toy_world import SPEC
 from worldline.core.errors import WorldlineError
 from worldline.evaluate.closed_loop import LoopConfig, WorldAgent
 from worldline.model import WorldConfig
-from worldline.model.estimator import ErrorEstimator, memory_size
+from worldline.model.estimator import ErrorEstimator
 from worldline.model.world import State, World
 from worldline.planning.goal import GoalCost, last_believed
 from worldline.planning.planners import PlannerConfig, Space, plan
@@ -21,10 +21,11 @@ def world() -> World:
     made.requires_grad_(False)
     made.predictor.out[2].weight.mul_(20.0)  # an untrained world hardly moves
     made.gauge.fit(made, torch.randn(500, 24))
-    made.gauge.estimator = ErrorEstimator(24, memory_size(made.predictor.initial(1))).requires_grad_(False)
-    made.gauge.estimator.hidden.weight.mul_(8.0)
-    made.gauge.estimator.out.weight[1] = 0.0  # the spread of log e is 0.4 everywhere
-    made.gauge.estimator.out.bias.copy_(torch.tensor([-0.9, -0.9]))
+    made.gauge.estimator = ErrorEstimator(24, 30).requires_grad_(False)
+    made.gauge.estimator.hidden.weight.zero_()[0, 6] = 1.0  # the more the actions add up, the less it is believed
+    made.gauge.estimator.hidden.bias.zero_()
+    made.gauge.estimator.out.weight.zero_()[0, 0] = 1.0
+    made.gauge.estimator.out.bias.copy_(torch.tensor([-2.0, -0.9]))  # the spread of log e is 0.4 everywhere
     return made
 
 

@@ -44,13 +44,14 @@ def measure_trust(
     rows = [h - 1 for h in at]
     kept = world.config.context
     before = torch.from_numpy(past[:, past.shape[1] - kept + 1 :].copy())
-    state = world.begin(torch.from_numpy(context[:, context.shape[1] - kept :].copy()), before)
+    seen = torch.from_numpy(context[:, context.shape[1] - kept :].copy())
+    state = world.begin(seen, before)
     readings: dict[str, Float[np.ndarray, "n q"]] = {}
     expected = None
     if world.gauge.estimator is None:
         z_hat = world.rollout(state, torch.from_numpy(actions))[:, rows]
     else:
-        imagined, estimate = world.rollout_with_error(state, torch.from_numpy(actions))
+        imagined, estimate = world.rollout_with_error(state, torch.from_numpy(actions), world.track(seen, before))
         z_hat, expected = imagined[:, rows], _numbers(estimate.error[:, rows])
         readings["estimator"] = _numbers(estimate.wrong[:, rows])
     readings["region"] = _numbers(world.gauge.region(z_hat))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 from worldline.core.errors import WorldlineError
 from worldline.core.files import fsync_directory, read_json, sha256_file, write_bytes, write_json
 from worldline.core.types import WorldSpec
-from worldline.model.estimator import ErrorEstimator, memory_size
+from worldline.model.estimator import ErrorEstimator
 from worldline.model.world import World, WorldConfig
 
 FORMAT = "worldline-world"
 VERSION = 1
+ESTIMATOR_VERSION = "2"
 CARD, WEIGHTS, ESTIMATOR = "world.json", "model.safetensors", "estimator.safetensors"
 SHIPPED = Path(__file__).resolve().parents[1] / "shipped"
 
@@ -93,8 +95,8 @@ def write_world(
 def save_estimator(directory: Path, estimator: ErrorEstimator) -> None:
     """Put an error estimator beside the world in `directory` that it was fitted on, in place of one already there."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in estimator.state_dict().items()}
-    fitted_on = {"weights_sha256": read_card(directory)["weights"]["sha256"]}
-    write_bytes(directory / ESTIMATOR, save(tensors, metadata=fitted_on))
+    card = {"version": ESTIMATOR_VERSION, "weights_sha256": read_card(directory)["weights"]["sha256"]}
+    write_bytes(directory / ESTIMATOR, save(tensors, metadata=card))
 
 
 def load_world(path_or_name: str | Path) -> World:
@@ -201,19 +203,25 @@ def _exact(name: str) -> bool:
     return name.startswith("action_") or "running_" in name or (name.startswith("gauge.") and "whitening" not in name)
 
 
-def _load_estimator(path: Path, world: World, weights: str) -> ErrorEstimator:
+def _load_estimator(path: Path, world: World, weights: str) -> ErrorEstimator | None:
     try:
         with safe_open(path, framework="pt") as file:
-            fitted_on = (file.metadata() or {}).get("weights_sha256")
+            card = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if card.get("version") != ESTIMATOR_VERSION:
+            warnings.warn(
+                f"{path} is of another version of worldline and left unread; scripts/fit_gauge fits it again",
+                stacklevel=3,
+            )
+            return None
         estimator = ErrorEstimator(
-            world.config.latent_dim, memory_size(world.predictor.initial(1)), hidden=len(tensors["hidden.weight"])
+            world.config.latent_dim, num_real=len(tensors["real"]), hidden=len(tensors["hidden.weight"])
         )
         estimator.load_state_dict(tensors)
     except (SafetensorError, KeyError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise WorldlineError(f"{path}: not an error estimator of this world ({reason}); remove it") from None
-    if fitted_on != weights:
+    if card.get("weights_sha256") != weights:
         raise WorldlineError(f"{path} was fitted on other weights than those beside it; remove it, or fit it again")
     return estimator
 

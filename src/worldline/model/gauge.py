@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from worldline.core.errors import WorldlineError
-from worldline.model.estimator import ErrorEstimator, Estimate
+from worldline.model.estimator import ErrorEstimator, Estimate, Track
 
 if TYPE_CHECKING:
     from worldline.model.world import World
@@ -64,7 +64,7 @@ class Gauge(nn.Module):
 
     def radius(self, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
         """Return the Mahalanobis distance from the mean of real latents."""
-        radius: Tensor = torch.linalg.vector_norm((z - self.mean) @ self.whitening, dim=-1)
+        radius: Tensor = torch.linalg.vector_norm(self.white(z), dim=-1)
         return radius
 
     def region(self, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
@@ -85,21 +85,44 @@ class Gauge(nn.Module):
         """Return the true error of imagined latents: e = |W (z_hat - z)|^2 / d."""
         return ((z_hat - z) @ self.whitening).square().mean(dim=-1)
 
-    def estimate(
-        self, z_hat: Float[Tensor, "b d"], memory: tuple[Tensor, ...], steps: int | Int[Tensor, " b"]
-    ) -> Estimate:
-        """Return what is expected of the true error of an imagined state, `steps` steps after its last real frame.
+    def begin(
+        self, context: Float[Tensor, "b c d"], foreseen: Float[Tensor, "b cm1 d"] | None, action_dim: int
+    ) -> Track:
+        """Return the track of a rollout that starts from the last of some real latents; see `World.track`.
 
         Raises:
             WorldlineError: no estimator was fitted for this world.
         """
+        white = None if foreseen is None else self.white(foreseen)
+        return self._knowing().begin(self.white(context), white, action_dim)
+
+    def follow(self, track: Track, z_hat: Float[Tensor, "b d"], action: Float[Tensor, "b a"]) -> Track:
+        """Return the track one imagined step later; the action is normalised.
+
+        Raises:
+            WorldlineError: no estimator was fitted for this world.
+        """
+        return self._knowing().follow(track, self.white(z_hat), action)
+
+    def estimate(self, track: Track) -> Estimate:
+        """Return what is expected of the true error of the latent that a rollout has come to.
+
+        Raises:
+            WorldlineError: no estimator was fitted for this world.
+        """
+        return self._knowing().estimate(track)
+
+    def white(self, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """Return latents in units in which real ones have variance 1 in every direction."""
+        white: Tensor = (z - self.mean) @ self.whitening
+        return white
+
+    def _knowing(self) -> ErrorEstimator:
         if self.estimator is None:
             raise WorldlineError(
                 "this world has no error estimator; scripts/fit_gauge fits one on the dataset it was trained on"
             )
-        if isinstance(steps, int):
-            steps = torch.full(z_hat.shape[:1], steps, device=z_hat.device)
-        return self.estimator.estimate((z_hat - self.mean) @ self.whitening, memory, steps)
+        return self.estimator
 
     def _checked(self, scale: Tensor) -> Tensor:
         if scale <= 0:

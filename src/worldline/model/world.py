@@ -17,7 +17,7 @@ from worldline.core.errors import WorldlineError
 from worldline.core.types import WorldSpec
 from worldline.model.conv import ConvEncoder
 from worldline.model.decoder import ConvDecoder
-from worldline.model.estimator import Estimate
+from worldline.model.estimator import Estimate, Track
 from worldline.model.gauge import Gauge
 from worldline.model.predictor import GRUPredictor, TransformerPredictor
 from worldline.model.vit import ViTEncoder
@@ -175,21 +175,34 @@ class World(nn.Module):
             predictions.append(state.z)
         return torch.stack(predictions, dim=1)
 
-    def rollout_with_error(
-        self, state: State, actions: Float[Tensor, "b t a"], since: int = 0
-    ) -> tuple[Float[Tensor, "b t d"], Estimate]:
-        """Roll out, and return with each latent what is expected of its true error, (b, t) each.
-
-        `since` counts the steps that `state` itself has been imagined for; 0 means that its latent is a real one.
+    def track(self, z: Float[Tensor, "b c d"], actions: Float[Tensor, "b cm1 a"]) -> Track:
+        """Return what the error estimator wants to know of the real latents and actions that `begin` was given.
 
         Raises:
             WorldlineError: the gauge has no error estimator.
         """
+        foreseen = self.teacher_forced(z[:, :-1], actions) if z.shape[1] > 1 else None
+        return self.gauge.begin(z, foreseen, self.spec.action_dim)
+
+    def rollout_with_error(
+        self, state: State, actions: Float[Tensor, "b t a"], track: Track | None = None
+    ) -> tuple[Float[Tensor, "b t d"], Estimate]:
+        """Roll out, and return with each latent what is expected of its true error, (b, t) each.
+
+        `track` tells what led to `state` (`World.track`, `Gauge.follow`); without it, the state's latent is taken for
+        a real one of which no more is known, and the estimate is a little worse.
+
+        Raises:
+            WorldlineError: the gauge has no error estimator.
+        """
+        if track is None:
+            track = self.track(state.z[:, None], actions[:, :0])
         predictions, estimates = [], []
-        for step, action in enumerate(actions.unbind(1), start=since + 1):
+        for action in actions.unbind(1):
             state = self.step(state, action)
+            track = self.gauge.follow(track, state.z, self.normalise_actions(action))
             predictions.append(state.z)
-            estimates.append(self.gauge.estimate(state.z, state.memory, step))
+            estimates.append(self.gauge.estimate(track))
         by_step = Estimate(*(torch.stack(values, dim=1) for values in zip(*estimates, strict=True)))
         return torch.stack(predictions, dim=1), by_step
 

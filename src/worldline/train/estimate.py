@@ -1,4 +1,7 @@
-"""Fit the gauge's error estimator on validation episodes: training episodes would flatter the predictor.
+"""Fit the gauge's error estimator on rollouts of validation episodes, helped by some of training episodes.
+
+Training episodes flatter the predictor. What they say of the error's level is kept apart from the rest, and validation
+episodes alone decide when to stop and calibrate the estimate.
 
 Shape legend: n rollouts, t steps, c context, d latent, a action, p places (rollout, step), f features.
 """
@@ -13,12 +16,13 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from worldline.core.errors import WorldlineError
 from worldline.core.seeding import rng_for, seed_for
 from worldline.data.cache import FrameCache
 from worldline.data.lerobot import Dataset
-from worldline.model.estimator import ErrorEstimator, memory_size
+from worldline.model.estimator import SURPRISE, TOLD, ErrorEstimator
 from worldline.model.world import World
 from worldline.train.windows import encode_episodes
 
@@ -26,11 +30,15 @@ STEPS = 100
 """Imagined in each rollout, where the episodes are long enough."""
 _LEAST_STEPS = 10
 _LEAST_EPISODES = 5
-_ROLLOUTS = 1024
+_TRAINING_EPISODES = 40
+_ROLLOUTS = 1024  # of validation episodes, and as many of training episodes
 _EVERY = 4  # neighbouring steps say nearly the same: of every rollout each fourth is kept, each beginning elsewhere
-_STOPPING = 0.2  # share of the episodes that decide when to stop
+_REAL = 1024  # latents that distances are taken to
+_STOPPING = 0.2  # share of the validation episodes that decide when to stop
 _UPDATES, _CHECK_EVERY, _BATCH = 1500, 100, 512
-_DROPOUT, _RATE, _DECAY = 0.3, 1e-3, 0.1
+_RATE, _DECAY = 2e-3, 0.01
+_DROPOUT_TOLD, _DROPOUT = 0.05, 0.5  # of the few features of a whole rollout; of all others and the hidden layer
+_UNKNOWN = 0.3  # share of places that are shown without the context's surprise: rollouts may begin without a context
 _LEAST_ERROR = 1e-4  # smaller ones are all alike, and their logarithms are not
 
 
@@ -40,6 +48,8 @@ class Seen(NamedTuple):
     features: Float[Tensor, "p f"]
     error: Float[Tensor, " p"]
     episode: Int64[Tensor, " p"]
+    trained: Bool[Tensor, " p"]
+    """The predictor was fitted to this episode."""
 
 
 def rollout_steps(dataset: Dataset, context: int) -> int:
@@ -50,7 +60,7 @@ def rollout_steps(dataset: Dataset, context: int) -> int:
 
 
 def fit_estimator(world: World, cache: FrameCache, seed: int) -> ErrorEstimator:
-    """Fit an estimator of the world's error on rollouts of validation episodes, stopped on some of these episodes.
+    """Fit an estimator of the world's error on rollouts, stopped and calibrated on some of the validation episodes.
 
     A pure function of world, data and seed on a CPU with the same number of threads.
 
@@ -64,68 +74,99 @@ def fit_estimator(world: World, cache: FrameCache, seed: int) -> ErrorEstimator:
             f"{dataset.path}: an error estimator wants a world with a fitted gauge and at least {_LEAST_EPISODES} "
             f"validation episodes of {context + _LEAST_STEPS} frames; collect more episodes"
         )
-    seen = observe_errors(world, cache, steps)
-    episodes = rng_for(seed, "estimator-stops").permutation(np.unique(seen.episode.numpy()))
+    training = dataset.split("train")
+    spread = np.linspace(0, len(training) - 1, min(_TRAINING_EPISODES, len(training))).round().astype(int)
+    held_out = encode_episodes(world, cache, dataset.split("validation"))
+    trained_on = encode_episodes(world, cache, [training[i] for i in spread])
+    shown = torch.cat(list(trained_on.values()))
+    kept = rng_for(seed, "estimator-real").integers(0, len(shown), _REAL)
+    device = world.action_mean.device
+    net = ErrorEstimator(world.config.latent_dim, _REAL).to(device).requires_grad_(False)
+    net.real.copy_(world.gauge.white(shown[kept].to(device)))
+    parts = [
+        observe_errors(world, net, dataset, latents, steps, trained)
+        for latents, trained in ((held_out, False), (trained_on, True))
+    ]
+    seen = Seen(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    episodes = rng_for(seed, "estimator-stops").permutation(np.unique(seen.episode[~seen.trained].numpy()))
     stopping = torch.isin(seen.episode, torch.from_numpy(episodes[: math.ceil(_STOPPING * len(episodes))]))
-    return fit_to(seen, stopping, world.config.latent_dim, memory_size(world.predictor.initial(1)), seed)
+    return fit_to(net.cpu(), seen, stopping, seed)
 
 
 @torch.no_grad()
-def observe_errors(world: World, cache: FrameCache, steps: int) -> Seen:
-    """Roll out from moments spread evenly over the validation episodes, and keep features and true errors."""
-    dataset, context = cache.dataset, world.config.context
-    room = {e: dataset.lengths[e] - context - steps + 1 for e in dataset.split("validation")}
+def observe_errors(
+    world: World,
+    net: ErrorEstimator,
+    dataset: Dataset,
+    latents: dict[int, Float[Tensor, "_ d"]],
+    steps: int,
+    trained: bool,
+) -> Seen:
+    """Roll out from moments spread evenly over some episodes, and keep features and true errors."""
+    context, device = world.config.context, world.action_mean.device
+    room = {e: len(z) - context - steps + 1 for e, z in latents.items()}
     room = {e: places for e, places in room.items() if places > 0}
-    latents = encode_episodes(world, cache, list(room))
-    each = math.ceil(_ROLLOUTS / len(room))
+    each = math.ceil(_ROLLOUTS / max(len(room), 1))
     index = [(e, int(s)) for e, r in room.items() for s in np.unique(np.linspace(0, r - 1, min(each, r)).round())]
-    windows = torch.stack([latents[e][s : s + context + steps] for e, s in index])
+    z = torch.stack([latents[e][s : s + context + steps] for e, s in index]).to(device)
     taken = np.stack([dataset.actions(e)[s : s + context + steps - 1] for e, s in index])
-    device = world.action_mean.device
-    z, actions = windows.to(device), torch.from_numpy(taken).to(device)
-    blank = ErrorEstimator(world.config.latent_dim, memory_size(world.predictor.initial(1)))
-    episode = torch.tensor([e for e, _ in index])
-    state = world.begin(z[:, :context], actions[:, : context - 1])
-    rows = torch.arange(len(index))
+    actions = torch.from_numpy(taken).to(device)
+    episode, rows = torch.tensor([e for e, _ in index]), torch.arange(len(index))
+    seen, past = z[:, :context], actions[:, : context - 1]
+    white = world.gauge.white
+    state = world.begin(seen, past)
+    foreseen = white(world.teacher_forced(seen[:, :-1], past)) if context > 1 else None
+    track = net.begin(white(seen), foreseen, actions.shape[2])
     parts = []
     for step in range(1, steps + 1):
-        state = world.step(state, actions[:, context - 2 + step])
-        kept = rows[(rows + step) % _EVERY == 0]
-        memory = tuple(part[kept].cpu() for part in state.memory)
-        white = ((state.z[kept] - world.gauge.mean) @ world.gauge.whitening).cpu()
-        error = world.gauge.error(state.z[kept], z[kept, context - 1 + step]).cpu()
-        parts.append(Seen(blank.features(white, memory, torch.full((len(kept),), step)), error, episode[kept]))
+        action = actions[:, context - 2 + step]
+        state = world.step(state, action)
+        track = net.follow(track, white(state.z), world.normalise_actions(action))
+        kept = (rows + step) % _EVERY == 0
+        error = world.gauge.error(state.z, z[:, context - 1 + step])[kept].cpu()
+        features = net.features(track)[kept].cpu()
+        parts.append(Seen(features, error, episode[kept], torch.full((len(error),), trained)))
     return Seen(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
-def fit_to(seen: Seen, stopping: Bool[Tensor, " p"], latent_dim: int, memory_dim: int, seed: int) -> ErrorEstimator:
+def fit_to(net: ErrorEstimator, seen: Seen, stopping: Bool[Tensor, " p"], seed: int) -> ErrorEstimator:
     """Fit by maximum likelihood to the places that are not `stopping`; of one training, the weights count under which
-    the stopping ones are most likely."""
-    target = seen.error.clamp(min=_LEAST_ERROR).log()
-    (x, y), (x_stop, y_stop) = ((seen.features[rows], target[rows]) for rows in (~stopping, stopping))
+    the stopping ones are most likely. Of `net`, only the real latents are kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "estimator"))
-        net = ErrorEstimator(latent_dim, memory_dim, dropout=_DROPOUT)
-        net.mean.copy_(x.mean(dim=0))
-        net.scale.copy_(x.std(dim=0).clamp(min=1e-2))
-        optimizer = torch.optim.AdamW(net.parameters(), lr=_RATE, weight_decay=_DECAY, fused=True)
+        fitted = ErrorEstimator(net.latent_dim, len(net.real))
+        fitted.real.copy_(net.real)
+        known = torch.nan_to_num(seen.features[~stopping], nan=0.0)
+        fitted.mean.copy_(known.mean(dim=0))
+        spread = known.std(dim=0)
+        fitted.scale.copy_(
+            spread.clamp(min=1e-2).masked_fill(spread == 0, torch.inf)
+        )  # what never varied tells nothing
+        x, y = fitted.normalise(seen.features), seen.error.clamp(min=_LEAST_ERROR).log()
+        x_stop, y_stop = x[stopping], y[stopping]
+        x, y, trained = x[~stopping], y[~stopping], seen.trained[~stopping]
+        share = torch.full((x.shape[1],), _DROPOUT)
+        share[:TOLD] = _DROPOUT_TOLD
+        flattery = nn.Parameter(torch.zeros(len(fitted.hidden.bias)))
+        weights = [*fitted.parameters(), flattery]
+        optimizer = torch.optim.AdamW(weights, lr=_RATE, weight_decay=_DECAY, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _UPDATES)
-        best, kept = math.inf, copy.deepcopy(net.state_dict())
+        best, kept = math.inf, copy.deepcopy(fitted.state_dict())
         for update in range(1, _UPDATES + 1):
-            batch = torch.randint(len(x), (_BATCH,))
-            loss = _surprise(net, x[batch], y[batch])
+            rows = torch.randint(len(x), (_BATCH,))
+            shown = x[rows] * (torch.rand(_BATCH, x.shape[1]) >= share) / (1 - share)
+            shown[torch.rand(_BATCH) < _UNKNOWN, SURPRISE] = 0.0
+            hidden = torch.relu(fitted.hidden(shown) + trained[rows, None] * flattery)
+            loss = _surprise(fitted.read_out(F.dropout(hidden, _DROPOUT)), y[rows])
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
             if update % _CHECK_EVERY == 0:
-                net.eval()
                 with torch.no_grad():
-                    found = float(_surprise(net, x_stop, y_stop))
-                net.train()
+                    found = float(_surprise(fitted(x_stop), y_stop))
                 if found < best:
-                    best, kept = found, copy.deepcopy(net.state_dict())
-    fitted = ErrorEstimator(latent_dim, memory_dim)
+                    best, kept = found, copy.deepcopy(fitted.state_dict())
     fitted.load_state_dict(kept)
     with torch.no_grad():
         _calibrate(fitted, x_stop, y_stop)
@@ -150,8 +191,8 @@ def _calibrate(fitted: ErrorEstimator, x: Float[Tensor, "p f"], y: Float[Tensor,
     fitted.out.bias[1] += width.clamp(min=1e-3).log()
 
 
-def _surprise(net: nn.Module, x: Float[Tensor, "p f"], y: Float[Tensor, " p"]) -> Tensor:
-    """Return the mean negative log likelihood of log errors y, up to a constant."""
-    mu, log_sigma = net(x)
+def _surprise(told: tuple[Float[Tensor, " p"], Float[Tensor, " p"]], y: Float[Tensor, " p"]) -> Tensor:
+    """Return the mean negative log likelihood of log errors y under mu and log sigma, up to a constant."""
+    mu, log_sigma = told
     surprise: Tensor = (0.5 * ((y - mu) / log_sigma.exp()).square() + log_sigma).mean()
     return surprise
