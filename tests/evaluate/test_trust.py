@@ -78,9 +78,13 @@ def test_a_world_is_judged_with_and_without_an_estimator(dataset: Dataset, tmp_p
     assert set(figures["auroc"]) == {"region", "cycle"} | ({"estimator"} if fitted else set())
     assert ("reliability" in figures) == fitted
     with torch.inference_mode():
-        state = world.begin(torch.from_numpy(context[:, -2:].copy()), torch.from_numpy(past[:, -1:].copy()))
+        seen, before = torch.from_numpy(context[:, -2:].copy()), torch.from_numpy(past[:, -1:].copy())
+        state = world.begin(seen, before)
         z_hat = world.rollout(state, torch.from_numpy(actions))
         error = world.gauge.error(z_hat, torch.from_numpy(real[:, 1:].copy())).numpy()
     np.testing.assert_allclose(figures["share_wrong"], (error > 0.5).mean(axis=0)[4::5], atol=1e-5)
     if fitted:  # shares may be all alike, errors are not
         np.testing.assert_allclose(figures["error"], error.mean(axis=0)[4::5], rtol=1e-4, atol=1e-5)
+        with torch.inference_mode():  # with the context's surprise
+            _, told = world.rollout_with_error(state, torch.from_numpy(actions), world.track(seen, before))
+        np.testing.assert_allclose(figures["expected_error"], told.error.mean(dim=0)[4::5], rtol=1e-3, atol=1e-5)

@@ -90,8 +90,9 @@ def test_an_unknown_surprise_is_the_usual_one_and_a_diverged_rollout_is_not() ->
     track = estimator.follow(estimator.begin(torch.randn(2, 1, 4), None, 2), torch.randn(2, 4), torch.zeros(2, 2))
     usual = track._replace(surprise=estimator.mean[SURPRISE].expand(2, -1))
     assert torch.equal(estimator.estimate(track).error, estimator.estimate(usual).error)
-    beyond = estimator.follow(track, torch.full((2, 4), torch.inf), torch.zeros(2, 2))
-    assert not torch.isfinite(estimator.estimate(beyond).error).any()
+    for left in (torch.inf, torch.nan):
+        beyond = estimator.follow(track, torch.full((2, 4), left), torch.zeros(2, 2))
+        assert not torch.isfinite(estimator.estimate(beyond).error).any()
 
 
 def test_a_real_frame_has_no_error(world: World) -> None:

@@ -30,6 +30,7 @@ def made_up(count: int, seed: int) -> Seen:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(count, TOLD + 12, generator=generator)
     trained = torch.arange(count) % 200 >= 100
+    features[:, 8] += 2.0 * trained  # which a fit that did not know of the flattery would take for a reason
     mu = features[:, 0] + torch.relu(features[:, 5]) - 1.2 - FLATTERY * trained
     error = torch.exp(mu + 0.4 * torch.randn(count, generator=generator))
     return Seen(features, error, torch.arange(count) // 100, trained)
@@ -49,7 +50,7 @@ def test_fitted_on_true_errors_it_tells_and_on_shuffled_ones_it_guesses() -> Non
     seen, unseen = made_up(6000, 1), made_up(6000, 2)
     chance, wrong = chances(fit(seen), unseen)
     area = auroc(chance, wrong, np.ones((1, len(wrong))))[0]
-    assert area > 0.9
+    assert area > 0.95
     assert reliability_diagram(chance[:, None], wrong[:, None])["mean_gap"] < 0.04
     order = torch.randperm(6000, generator=torch.Generator().manual_seed(3))
     chance, wrong = chances(fit(seen._replace(error=seen.error[order])), unseen)
