@@ -171,7 +171,7 @@ def _replay(config: Any, flags: set[str]) -> int:
         print(f"next: worldline replay {config.file} --verify")
         return 0
     try:
-        workload = LatentWorkload.open(config.checkpoint or made_by.get("checkpoint", ""))
+        workload = LatentWorkload.open_for(recording, config.checkpoint)
     except WorldlineError as error:  # a changed weight byte, for example
         raise WorldlineError(f"{config.file}: not verified from frame 0 on: {error}") from None
     with progress("verify", recording.frames) as task:

@@ -77,7 +77,7 @@ def test_a_run_writes_its_report_from_its_result(tmp_path: Path) -> None:
     for run_tensors in result["tensors"]:
         assert run_tensors["end"] == run_tensors["after_warmup"]
     assert result["chain"][0] in report.read_text()
-    assert result["timing"]["comparisons"][0]["names"] == ["stages alone", "engine"]
+    assert result["timing"]["comparisons"][0]["names"] == ["plain loop", "engine"]
 
 
 def test_bad_settings(tmp_path: Path) -> None:

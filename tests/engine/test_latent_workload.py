@@ -76,7 +76,7 @@ def test_the_true_world_begins_where_the_imagined_one_does(starts: Starts) -> No
 def test_frames_are_what_the_world_says(starts: Starts) -> None:
     """The loop over static buffers computes what `begin`, `step` and `decode` compute, actions clipped to the spec."""
     world = make_world()
-    engine = Engine(LatentWorkload(world, starts))
+    engine = Engine(LatentWorkload(world, starts, mode="eager"))
     pictures = [engine.reset(2).picture.copy()]
     frames = [engine.step(action) for action in actions(6)]
     with torch.inference_mode():
@@ -92,7 +92,7 @@ def test_frames_are_what_the_world_says(starts: Starts) -> None:
 
 def test_an_anchor_is_what_observe_does(starts: Starts) -> None:
     world = make_world()
-    workload = LatentWorkload(world, starts)
+    workload = LatentWorkload(world, starts, mode="eager")
     assert isinstance(workload, Anchorable)
     engine = Engine(workload)
     engine.reset(0)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -24,6 +25,8 @@ from worldline.core.result import write_result
 from worldline.core.seeding import rng_for
 from worldline.core.types import WorldSpec
 from worldline.model.checkpoint import find_world
+
+_CALLS = 10  # frames in a row, so that caches are as in a session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,20 +121,20 @@ def play(config: EngineBenchConfig, record: Path | None) -> dict[str, Any]:
 
 
 def comparisons(config: EngineBenchConfig, actions: Float32[np.ndarray, "t a"]) -> list[Comparison]:
-    """Compare a frame's stages alone with the whole engine, one thread with two, and recording off with on."""
-    from worldline.engine.runtime import Engine
-    from worldline.engine.workloads.latent import LatentWorkload
+    """Compare the engine with a plain loop over the same model, with its stages alone, and with itself otherwise."""
+    import torch
 
-    def stepping(threads: int = 1, record: Path | None = None) -> tuple[Engine, Any]:
-        workload = LatentWorkload.open(config.checkpoint)
+    from worldline.engine.runtime import Engine
+    from worldline.engine.workloads.latent import LatentWorkload, Mode
+
+    def stepping(threads: int = 1, record: Path | None = None, mode: Mode = "auto") -> tuple[Engine, Any]:
+        workload = LatentWorkload.open(config.checkpoint, mode)
         workload.threads = threads
         engine = Engine(workload, record=record)
         engine.reset(config.seed)
         return engine, lambda: engine.step(actions[engine.id % len(actions)])
 
     def bare() -> Any:
-        import torch
-
         workload = LatentWorkload.open(config.checkpoint)
         with torch.inference_mode():
             workload.reset(config.seed)
@@ -143,18 +146,50 @@ def comparisons(config: EngineBenchConfig, actions: Float32[np.ndarray, "t a"]) 
 
         return frame
 
-    import torch
-
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         recorded, recording = stepping(record=Path(folder) / "compared.wlr")
-        pairs = (
+        pairs = [
+            (("plain loop", plain_loop(config, actions)), ("engine", stepping()[1])),
             (("stages alone", bare()), ("engine", stepping()[1])),
             (("not recording", stepping()[1]), ("recording", recording)),
             (("1 thread", stepping()[1]), ("2 threads", stepping(threads=2)[1])),
-        )
+        ]
+        if recorded.fingerprint["mode"] != "eager":
+            pairs.insert(1, (("eager", stepping(mode="eager")[1]), (recorded.fingerprint["mode"], stepping()[1])))
         with recorded:
-            return [compare(a, b, budget_s=config.compare_seconds) for a, b in pairs]
+            return [compare(a, b, budget_s=config.compare_seconds, calls_a_turn=_CALLS) for a, b in pairs]
+
+
+def plain_loop(config: EngineBenchConfig, actions: Float32[np.ndarray, "t a"]) -> Callable[[], None]:
+    """Return a frame as one would write it down: step, draw, both readings; no buffers, no ledger, no hash."""
+    import torch
+
+    from worldline.engine.workloads.latent import load_starts
+    from worldline.model.checkpoint import find_world, load_world
+
+    world = load_world(config.checkpoint)
+    starts = load_starts(find_world(config.checkpoint), world.spec)
+    low, high = torch.tensor(world.spec.action_low), torch.tensor(world.spec.action_high)
+    gauge = world.gauge
+    with torch.no_grad():
+        z = world.encode(torch.from_numpy(starts.frames[0]))
+        state = world.begin(z[None], torch.from_numpy(starts.actions[0])[None])
+    count = 0
+
+    def frame() -> None:
+        nonlocal state, count
+        with torch.no_grad():
+            action = torch.from_numpy(actions[count % len(actions)])[None].clamp(low, high)
+            state = world.step(state, action)
+            picture = world.decode(state.z)
+            picture[0].numpy()
+            if gauge.fitted:
+                float(gauge.region(state.z))
+                float(((world.encode(picture) - state.z) @ gauge.whitening).norm() / gauge.cycle99)
+        count += 1
+
+    return frame
 
 
 def hand(spec: WorldSpec, count: int, seed: int) -> Float32[np.ndarray, "t a"]:

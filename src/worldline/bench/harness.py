@@ -50,13 +50,18 @@ def compare(
     budget_s: float = 2.0,
     warmup_s: float = 0.2,
     clock: Callable[[], int] = time.perf_counter_ns,
+    calls_a_turn: int = 1,
 ) -> Comparison:
     """Time `a` and `b` in the order AB BA AB ... until the budget is spent; at least 8 rounds.
 
-    Warm-up lasts for a time, not for a number of calls.
+    Warm-up lasts for a time, not for a number of calls. With several `calls_a_turn` a time is their mean, and
+    most find the caches as the last call left them, as in a loop.
     """
-    if budget_s <= 0 or warmup_s < 0:
-        raise WorldlineError(f"a comparison needs a positive time budget, got {budget_s} s after {warmup_s} s")
+    if budget_s <= 0 or warmup_s < 0 or calls_a_turn < 1:
+        raise WorldlineError(
+            f"a comparison needs a positive time budget and at least a call a turn, got {budget_s} s after "
+            f"{warmup_s} s and {calls_a_turn} calls"
+        )
     calls = (a[1], b[1])
     until = clock() + round(warmup_s * 1e9)
     while clock() < until:
@@ -68,10 +73,11 @@ def compare(
         row = [0, 0]
         for which in (0, 1) if len(rows) % 2 == 0 else (1, 0):
             started = clock()
-            calls[which]()
+            for _ in range(calls_a_turn):
+                calls[which]()
             row[which] = clock() - started
         rows.append(row)
-    times = np.array(rows, dtype=np.float64)
+    times = np.array(rows, dtype=np.float64) / calls_a_turn
     ratios = times[:, 1] / np.maximum(times[:, 0], 1.0)
     first, second = ((float(q[0]), float(q[1])) for q in np.percentile(times, (25, 75), axis=0).T)
     return Comparison(

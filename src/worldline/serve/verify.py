@@ -17,6 +17,7 @@ _REPORT_SECONDS = 0.1
 
 def main(checkpoint: str, path: str) -> None:
     """Print `{"done", "total"}` while at it and `{"equal", "text"}` at the end."""
+    from worldline.engine.recording import Recording
     from worldline.engine.replay import verify
     from worldline.engine.workloads.latent import LatentWorkload
 
@@ -31,7 +32,7 @@ def main(checkpoint: str, path: str) -> None:
             _say({"done": done, "total": total})
 
     try:
-        verdict = verify(path, LatentWorkload.open(checkpoint), progress)
+        verdict = verify(path, LatentWorkload.open_for(Recording(path), checkpoint), progress)
     except WorldlineError as error:
         _say({"equal": False, "text": str(error)})
         return
