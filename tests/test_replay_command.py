@@ -91,7 +91,7 @@ def set_value(payload: bytearray, at: int, value: float) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda payload: set_value(payload, 40, 0.123),  # the action
+        lambda payload: set_value(payload, 72, 0.123),  # the action
         lambda payload: payload.__setitem__(8, payload[8] ^ 1),  # the frame's hash
         lambda payload: payload.__setitem__(24, payload[24] ^ 1),  # the chain's hash
     ],
@@ -171,3 +171,19 @@ def test_another_kind_of_world_is_one_line(here: Path, capsys: pytest.CaptureFix
     status, _, error = verify(capsys, "checkpoint=pusht")
     assert status == 2
     assert "recorded with another kind of world" in one_line(error)
+
+
+def test_heavy_moves_the_state_every_frame(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, line, _ = verify(capsys, "--heavy")
+    assert status == 0
+    assert line.startswith(f"{FRAMES} frames, equal to the bit")
+
+
+def test_bisect_names_stage_and_tensor(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", "session.wlr", "checkpoint=world", "--bisect"]) == 0
+    assert capsys.readouterr().out.strip().endswith("so in 5 of 5 verifications")
+    forge(here / "session.wlr", Kind.STEP, 12, lambda payload: set_value(payload, 72, 0.123))
+    assert main(["replay", "session.wlr", "checkpoint=world", "--bisect"]) == 1
+    first, second = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert first.startswith("differs at frame 13: step wrote another z")
+    assert second.endswith("the same other bits each time, so the arithmetic is another, and not chance")

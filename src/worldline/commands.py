@@ -158,7 +158,7 @@ def _replay(config: Any, flags: set[str]) -> int:
     from worldline.core.errors import WorldlineError
     from worldline.core.progress import progress
     from worldline.engine.recording import Recording
-    from worldline.engine.replay import verify
+    from worldline.engine.replay import bisect, verify
     from worldline.engine.workloads.latent import LatentWorkload
 
     recording = Recording(config.file)
@@ -167,15 +167,24 @@ def _replay(config: Any, flags: set[str]) -> int:
     print("" if recording.complete else f" (incomplete, {recording.frames} frames)")
     for key, value in made_by.items():
         print(f"  {key:<10}  {value}")
-    if "--verify" not in flags:
+    if not flags:
         print(f"next: worldline replay {config.file} --verify")
         return 0
+
+    def make() -> LatentWorkload:
+        return LatentWorkload.open_for(recording, config.checkpoint)
+
     try:
-        workload = LatentWorkload.open_for(recording, config.checkpoint)
+        workload = make()
     except WorldlineError as error:  # a changed weight byte, for example
         raise WorldlineError(f"{config.file}: not verified from frame 0 on: {error}") from None
+    if "--bisect" in flags:
+        finding = bisect(config.file, make)
+        print(finding)
+        return 0 if finding.verdict.ok else 1
     with progress("verify", recording.frames) as task:
-        verdict = verify(config.file, workload, lambda done, total: task.advance(1))
+        other = make() if "--heavy" in flags else None
+        verdict = verify(config.file, workload, lambda done, total: task.advance(1), other)
     print(verdict)
     return 0 if verdict.ok else 1
 
@@ -403,17 +412,23 @@ COMMANDS: dict[str, Command] = {
             about="""
             Shows a recording's header. With --verify the session is played again from its actions on the checkpoint
             that made it, and every picture and state is compared by hash. The exit status is 0 if all are equal, and 1
-            with the first frame that differs. A file cut short is compared as far as it goes.
+            with the first frame that differs, its stage and tensor. A file cut short is compared as far as it goes.
+            --heavy shows what a state does not hold; --bisect tells chance from another arithmetic.
             """,
             examples=(
                 ("worldline replay recordings/session.wlr --verify", "compare every frame"),
+                ("worldline replay recordings/session.wlr --bisect", "where it differs, and whether by chance"),
                 ("worldline replay session.wlr checkpoint=runs/mine", "a checkpoint that lies elsewhere now"),
             ),
             run=_replay,
             config="worldline.commands:ReplayConfig",
             path="file",
             path_required=True,
-            flags={"--verify": "Play it again and compare every frame."},
+            flags={
+                "--verify": "Play it again and compare every frame.",
+                "--heavy": "The same; after every frame its state moves to a second world, which makes the next.",
+                "--bisect": "Name the first frame, stage and tensor that differ; try that frame again several times.",
+            },
         ),
         Command(
             name="ablate",

@@ -28,7 +28,7 @@ class SmallWorld:
         self.gauge = np.zeros(1, dtype=np.float32)
         self.z = torch.zeros(1, width)
         self.memory = torch.zeros(1, width)
-        self.stages = (Stage("step", self._step), Stage("decode", self._draw))
+        self.stages = (Stage("step", self._step, ("z", "memory")), Stage("decode", self._draw, ("frame",)))
 
     def reset(self, seed: int, prompt: str = "") -> None:
         generator = torch.Generator().manual_seed(seed_for(seed, prompt))

@@ -158,12 +158,14 @@ def test_a_removed_record_is_damage(recorded: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("nth", "at", "frame", "reason"),
     [
-        (6, -3, 5, "state or what led to it"),  # an action
-        (6, 8, 5, "its picture differs"),  # the hash of a picture
-        (6, 24, 5, "state or what led to it"),  # a chain hash
-        (1, 40, 0, "its picture differs"),  # the seed of the reset
-        (1, -1, 0, "its picture differs"),  # its prompt
-        (13, 60, 11, "state or what led to it"),  # the real frame of the anchor
+        (6, -3, 5, "step wrote another z"),  # an action
+        (6, 8, 5, "decode wrote another frame"),  # the hash of a picture
+        (6, 24, 5, "what led to it is not"),  # a chain hash
+        (6, 40, 5, "step wrote another z"),  # the hash of a state tensor
+        (6, 56, 5, "step wrote another memory"),  # of the other one
+        (1, 72, 0, "reset wrote another z"),  # the seed of the reset
+        (1, -1, 0, "reset wrote another z"),  # its prompt
+        (13, 92, 11, "anchor wrote another z"),  # the real frame of the anchor
         (9, 24, 7, "holds another z"),  # a snapshot's state
         (9, 9, 7, "another chain hash"),  # a snapshot's chain
         (-1, 9, 31, "the end record after it"),  # the end's chain
@@ -247,8 +249,8 @@ def test_missing_file_and_newer_version(recorded: Path, tmp_path: Path) -> None:
         Recording(tmp_path / "none.wlr")
     path = tmp_path / "newer.wlr"
     data = recorded.read_bytes()
-    path.write_bytes(data[:7] + b"\x02" + data[8:])
-    with pytest.raises(WorldlineError, match="version 2 of the replay format, this worldline reads 1"):
+    path.write_bytes(data[:7] + b"\x03" + data[8:])
+    with pytest.raises(WorldlineError, match="version 3 of the replay format, this worldline reads 2"):
         Recording(path)
 
 

@@ -24,7 +24,7 @@ from worldline.core.errors import WorldlineError
 from worldline.core.files import fsync_directory
 
 MAGIC = b"\x89WLR\r\n\x1a"
-VERSION = 1
+VERSION = 2
 HASH_BYTES = 16
 FLUSH_SECONDS = 0.5
 PROMPT_BYTES = 4096
@@ -64,6 +64,10 @@ class Layout(NamedTuple):
     def frame_bytes(self) -> int:
         height, width, channels = self.frame_shape
         return height * width * channels
+
+    @property
+    def marks_bytes(self) -> int:
+        return HASH_BYTES * len(self.state)
 
     @property
     def state_bytes(self) -> int:
@@ -117,6 +121,8 @@ class Record(NamedTuple):
     chain: bytes
     picture: bytes = b""
     """Hash of the picture."""
+    marks: bytes = b""
+    """Hash of every state tensor, in the layout's order."""
     seed: int = 0
     prompt: str = ""
     body: bytes = b""
@@ -155,14 +161,9 @@ class Recorder:
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
 
-    def reset(self, frame_id: int, picture: bytes, chain: bytes, seed: int, prompt: str) -> None:
-        self._append(Kind.RESET, _PICTURE.pack(frame_id, picture, chain) + _SEED.pack(seed) + prompt.encode())
-
-    def step(self, frame_id: int, picture: bytes, chain: bytes, action: bytes) -> None:
-        self._append(Kind.STEP, _PICTURE.pack(frame_id, picture, chain) + action)
-
-    def anchor(self, frame_id: int, picture: bytes, chain: bytes, frame: bytes) -> None:
-        self._append(Kind.ANCHOR, _PICTURE.pack(frame_id, picture, chain) + frame)
+    def frame(self, kind: Kind, frame_id: int, picture: bytes, chain: bytes, marks: bytes, cause: bytes) -> None:
+        """Append a frame that was shown. Its cause: seed i64 and the prompt, the action, or the real frame."""
+        self._append(kind, _PICTURE.pack(frame_id, picture, chain) + marks + cause)
 
     def snapshot(self, frame_id: int, chain: bytes, body: bytes) -> None:
         """Append the state after frame `frame_id`: the tensors' bytes in order, then the picture's."""
@@ -317,11 +318,12 @@ class Recording:
         elif not hasattr(self, "header"):
             raise self._damage(last, "it does not begin with a header")
         elif code == Kind.RESET:
-            low = _PICTURE.size + _SEED.size
+            low = _PICTURE.size + self.header.layout.marks_bytes + _SEED.size
             high = low + PROMPT_BYTES
         elif code in (Kind.STEP, Kind.ANCHOR):
             layout = self.header.layout
-            low = high = _PICTURE.size + (4 * layout.action_dim if code == Kind.STEP else layout.frame_bytes)
+            cause = 4 * layout.action_dim if code == Kind.STEP else layout.frame_bytes
+            low = high = _PICTURE.size + layout.marks_bytes + cause
         elif code == Kind.SNAPSHOT:
             low = high = _POINT.size + self.header.layout.state_bytes + self.header.layout.frame_bytes
         elif code == Kind.END:
@@ -344,14 +346,15 @@ class Recording:
             raise self._damage(last, "it begins with neither a reset nor a snapshot")
         if frame_id != (0 if last is None else last + 1):
             raise self._damage(last, f"frame {frame_id} follows frame {last}")
-        body = payload[_PICTURE.size :]
+        cause = _PICTURE.size + self.header.layout.marks_bytes
+        marks, body = payload[_PICTURE.size : cause], payload[cause:]
         if kind is not Kind.RESET:
-            return Record(kind, frame_id, chain, picture, body=body)
+            return Record(kind, frame_id, chain, picture, marks, body=body)
         try:
             prompt = body[_SEED.size :].decode()
         except UnicodeDecodeError:
             raise self._damage(last, "a prompt that is not text") from None
-        return Record(kind, frame_id, chain, picture, seed=_SEED.unpack_from(body)[0], prompt=prompt)
+        return Record(kind, frame_id, chain, picture, marks, seed=_SEED.unpack_from(body)[0], prompt=prompt)
 
     def _damage(self, last: int | None, what: str) -> WorldlineError:
         where = "before its first frame" if last is None else f"at frame {last + 1}"

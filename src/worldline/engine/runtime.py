@@ -37,6 +37,8 @@ class Frame:
     picture_hash: bytes
     chain: bytes
     """Hash over everything since the session began: causes, pictures and states."""
+    marks: bytes
+    """Hash of every state tensor, in the order of `Engine.layout`."""
     spans: dict[str, int]
     """Leaf spans, nanoseconds; those added later (sending) are in the ledger only."""
     gauge: dict[str, float]
@@ -179,7 +181,7 @@ class Engine:
             if self._recorder is not None:
                 raise WorldlineError(f"recording into {self._recorder.path} already; stop that one first")
             self._recorder = self._open(path)
-            self._recorder.snapshot(self._id, self._chain, self._snapshot())
+            self._recorder.snapshot(self._id, self._chain, self.snapshot())
 
     def stop_recording(self) -> int:
         """Close the recording in order and return how many frames it holds; 0 if there was none."""
@@ -193,6 +195,10 @@ class Engine:
     def close(self) -> None:
         """End the session; a recording is closed in order."""
         self.stop_recording()
+
+    def snapshot(self) -> bytes:
+        """Return all that the next frame depends on: state tensors in order, then the picture."""
+        return b"".join(view.tobytes() for view in self._views.values()) + self._picture.tobytes()
 
     def restore(self, frame_id: int, chain: bytes, snapshot: bytes) -> None:
         """Continue after frame `frame_id` from a snapshot's bytes: state tensors in order, then the picture."""
@@ -271,44 +277,30 @@ class Engine:
         clock, column = time.perf_counter_ns, 2 + len(self._runs)
         self._id += 1
         picture = hashlib.blake2b(self._picture.data, digest_size=HASH_BYTES).digest()
-        digest = hashlib.blake2b(self._chain, digest_size=HASH_BYTES)
-        digest.update(_EVENT.pack(kind, self._id, len(cause)) + cause + picture)
-        for view in self._views.values():
-            digest.update(view)
-        self._chain = digest.digest()
+        marks = b"".join(hashlib.blake2b(view, digest_size=HASH_BYTES).digest() for view in self._views.values())
+        event = _EVENT.pack(kind, self._id, len(cause)) + cause + picture + marks
+        self._chain = hashlib.blake2b(self._chain + event, digest_size=HASH_BYTES).digest()
         self._ready = True
         self._spans[column] = (started, clock() - started)
         if self._recorder is not None:
             started = clock()
-            self._record(self._recorder, kind, cause, picture)
+            self._record(self._recorder, kind, cause, picture, marks)
             self._spans[column + 1] = (started, clock() - started)
         readings = self.workload.gauge.tolist()
         self.ledger.write(self._id, begin, deadline, self._spans)
         spans = {name: span[1] for name, span in zip(self.ledger.stages, self._spans, strict=False)}
         gauge = dict(zip(self.workload.gauge_names, readings, strict=True))
-        return Frame(self._id, self._picture, picture, self._chain, spans, gauge)
+        return Frame(self._id, self._picture, picture, self._chain, marks, spans, gauge)
 
-    def _record(self, recorder: Recorder, kind: Kind, cause: bytes, picture: bytes) -> None:
+    def _record(self, recorder: Recorder, kind: Kind, cause: bytes, picture: bytes, marks: bytes) -> None:
         try:
-            if kind is Kind.STEP:
-                recorder.step(self._id, picture, self._chain, cause)
-            elif kind is Kind.ANCHOR:
-                recorder.anchor(self._id, picture, self._chain, cause)
-            else:
-                recorder.reset(self._id, picture, self._chain, *_seed_and_prompt(cause))
+            recorder.frame(kind, self._id, picture, self._chain, marks, cause)
             if recorder.pictures % self.snapshot_every == 0:
-                recorder.snapshot(self._id, self._chain, self._snapshot())
+                recorder.snapshot(self._id, self._chain, self.snapshot())
         except WorldlineError:
             self._recorder = None  # play goes on; the caller hears of it once
             recorder.abandon()
             raise
-
-    def _snapshot(self) -> bytes:
-        return b"".join(view.tobytes() for view in self._views.values()) + self._picture.tobytes()
-
-
-def _seed_and_prompt(cause: bytes) -> tuple[int, str]:
-    return struct.unpack("<q", cause[:8])[0], cause[8:].decode()
 
 
 def _layout(workload: Workload) -> Layout:

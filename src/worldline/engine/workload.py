@@ -20,6 +20,8 @@ class Stage(NamedTuple):
 
     name: str
     run: Callable[[], None]
+    writes: tuple[str, ...] = ()
+    """The state tensors that it writes, and `frame` if it draws: who is to blame where a replay differs."""
 
 
 class Workload(Protocol):

@@ -175,8 +175,9 @@ class LatentWorkload:
             self._z = torch.zeros_like(state.z)
             self._memory = tuple(torch.zeros_like(part) for part in state.memory)
             runs = self._step, self._draw, self._region, self._cycle
-        stages = (Stage(name, run) for name, run in zip(("step", "decode", "gauge", "cycle"), runs, strict=True))
-        self.stages = tuple(stages)[: 2 + len(self.gauge_names)]
+        writes = tuple(self.state()), ("frame",), (), ()
+        stages = zip(("step", "decode", "gauge", "cycle"), runs, writes, strict=True)
+        self.stages = tuple(Stage(*stage) for stage in stages)[: 2 + len(self.gauge_names)]
 
     @classmethod
     def open(cls, path_or_name: str | Path, mode: Mode = "auto") -> LatentWorkload:
