@@ -201,3 +201,40 @@ def test_a_gauge_that_was_not_fitted_is_not_read(starts: Starts) -> None:
 def test_a_prompt_is_refused(checkpoint: Path) -> None:
     with pytest.raises(WorldlineError, match="takes no prompt"):
         Engine(LatentWorkload.open(checkpoint)).reset(0, "a red block")
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_contracts_are_kept_in_every_mode(starts: Starts, mode: str) -> None:
+    workload = LatentWorkload(make_world(), starts, mode=mode)
+    assert all(stage.allocates == (mode == "eager") for stage in workload.stages)
+    engine = Engine(workload, contracts="strict")
+    engine.reset(0)
+    for action in actions(300):
+        engine.step(action)
+    assert engine.contracts.found == []
+
+
+def test_graph_and_eager_show_the_same(starts: Starts) -> None:
+    eager, graph = (Engine(LatentWorkload(make_world(), starts, mode=mode)) for mode in ("eager", "graph"))
+    assert graph.fingerprint["mode"] == "graph"
+    for engine in (eager, graph):
+        engine.reset(1)
+    for action in actions(20):
+        one, other = eager.step(action), graph.step(action)
+        assert np.abs(one.picture.astype(int) - other.picture).max() <= 1
+        assert one.gauge == pytest.approx(other.gauge, rel=1e-4)
+    for engine in (eager, graph):
+        one, other = other, engine.anchor(starts.frames[2, 0])
+    assert np.abs(one.picture.astype(int) - other.picture).max() <= 1
+
+
+def test_a_recording_is_opened_in_its_mode(checkpoint: Path, tmp_path: Path) -> None:
+    for mode in ("eager", "graph"):
+        with Engine(LatentWorkload.open(checkpoint, mode), record=tmp_path / f"{mode}.wlr") as engine:
+            engine.reset(0)
+            engine.step(actions(1)[0])
+        recording = Recording(tmp_path / f"{mode}.wlr")
+        assert LatentWorkload.open_for(recording).mode == mode
+        assert verify(recording.path, LatentWorkload.open_for(recording, checkpoint)).ok
+    with pytest.raises(WorldlineError, match="has a transformer; give mode=eager"):
+        LatentWorkload(make_world(predictor="transformer"), make_starts("two_room", 4, 1), mode="graph")

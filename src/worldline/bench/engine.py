@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32
@@ -43,6 +42,8 @@ class EngineBenchConfig:
     """Time for each comparison in turns."""
     reports: str = "reports"
     """Where `DATE-engine/` is written."""
+    contracts: Literal["strict", "warn", "off"] = "strict"
+    """Whether some frames are audited for what a warm frame must not do, and whether a breach ends the run."""
 
 
 def run(config: EngineBenchConfig) -> Path:
@@ -80,6 +81,7 @@ def run(config: EngineBenchConfig) -> Path:
 
 def play(config: EngineBenchConfig, record: Path | None) -> dict[str, Any]:
     """Play one session in this process and return its figures; with `record`, also verify it and compare costs."""
+    from worldline.engine.contracts import resident_bytes
     from worldline.engine.replay import verify
     from worldline.engine.runtime import Engine
     from worldline.engine.workloads.latent import LatentWorkload
@@ -90,7 +92,7 @@ def play(config: EngineBenchConfig, record: Path | None) -> dict[str, Any]:
     warm = config.frames // 10
     memory: list[dict[str, int]] = []
     began = time.perf_counter_ns()
-    with Engine(workload, record=record, ledger_frames=config.frames + 1) as engine:
+    with Engine(workload, record, ledger_frames=config.frames + 1, contracts=config.contracts) as engine:
         engine.reset(config.seed)
         for index, action in enumerate(actions, start=1):
             engine.step(action)
@@ -202,17 +204,6 @@ def hand(spec: WorldSpec, count: int, seed: int) -> Float32[np.ndarray, "t a"]:
     share = (np.arange(count) % stroke / stroke)[:, None]
     before = np.arange(count) // stroke
     return (places[before] * (1 - share) + places[before + 1] * share).astype(np.float32)
-
-
-def resident_bytes() -> int:
-    """Return this process's resident memory; where the system does not say, its peak so far."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def count_tensors() -> int:

@@ -99,13 +99,14 @@ class Ledger:
         self._times[row] = (frame_id, begin_ns, begin_ns, deadline_ns)
         self._spans[row, :-1] = spans
 
-    def close(self) -> None:
-        """End the frame that was written last; the time since `write` is the ledger's own span."""
+    def close(self) -> int:
+        """End the frame that was written last and return its busy time; the time since `write` is the ledger's own."""
         row = self.count % self.capacity
         self.count += 1
         end = time.perf_counter_ns()
         self._spans[row, -1] = (self._own_start, end - self._own_start)
         self._times[row, 2] = end
+        return end - int(self._times[row, 1])
 
     def extend(self, frame_id: int, stage: str, start_ns: int, stop_ns: int) -> None:
         """Add a span that came after `close`, such as sending; the frame's busy time then lasts until `stop_ns`.

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float32, UInt8
 
 from worldline.core.errors import WorldlineError
+from worldline.engine.contracts import Contracts, Level
 from worldline.engine.ledger import Ledger
 from worldline.engine.recording import HASH_BYTES, PROMPT_BYTES, Header, Kind, Layout, Recorder
 from worldline.engine.workload import Anchorable, Workload
@@ -52,6 +53,7 @@ class Engine:
         record: a new file to record into from the first reset on; see also `start_recording`.
         snapshot_every: frames between two snapshots in a recording.
         outer_stages: names of spans that the caller adds to the ledger itself, such as sending.
+        contracts: whether some frames are audited, and whether a broken contract ends the run; see `contracts.py`.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Engine:
         snapshot_every: int = 300,
         outer_stages: Sequence[str] = (),
         ledger_frames: int = 4096,
+        contracts: Level = "off",
     ) -> None:
         if snapshot_every < 1:
             raise WorldlineError(f"snapshots need at least 1 frame between them, got {snapshot_every}")
@@ -69,7 +72,7 @@ class Engine:
         self.fingerprint = workload.fingerprint()
         inner = tuple(stage.name for stage in workload.stages)
         self.ledger = Ledger(("input", "event", *inner, "hash", "record", *outer_stages), ledger_frames)
-        self._runs = tuple(stage.run for stage in workload.stages)
+        self.contracts = Contracts(contracts)
         self._spans = [(0, 0)] * (len(self.ledger.stages) - 1)  # (start, duration), ns; the ledger keeps its own
         self._state = workload.state()
         self._views = {name: _bytes_of(name, tensor) for name, tensor in self._state.items()}
@@ -129,6 +132,7 @@ class Engine:
 
         Raises:
             WorldlineError: no reset before, or an action of the wrong shape or not finite.
+            ContractViolation: this frame broke a contract, and contracts are strict. The frame itself is whole.
         """
         with self._lock:
             begin = time.perf_counter_ns() if begun_ns is None else begun_ns
@@ -138,13 +142,18 @@ class Engine:
             with self._arithmetic():
                 started = time.perf_counter_ns()
                 self._spans[0] = (begin, started - begin)
-                for column, run in enumerate(self._runs, start=2):
-                    run()
+                audited = self.contracts.due()
+                for column, stage in enumerate(self.workload.stages, start=2):
+                    if audited:
+                        self.contracts.run(stage, self._id + 1)
+                    else:
+                        stage.run()
                     stopped = time.perf_counter_ns()
                     self._spans[column] = (started, stopped - started)
                     started = stopped
                 frame = self._finish(Kind.STEP, cause, begin, deadline_ns, started)
-            self.ledger.close()
+            busy = self.ledger.close()
+            self.contracts.frame_done(frame.id, busy)
             return frame
 
     def anchor(self, frame: UInt8[np.ndarray, "h w 3"]) -> Frame:
@@ -274,7 +283,7 @@ class Engine:
 
     def _finish(self, kind: Kind, cause: bytes, begin: int, deadline: int, started: int) -> Frame:
         """Hash, record and account for the frame in the buffers, from `started` on; the caller closes the ledger."""
-        clock, column = time.perf_counter_ns, 2 + len(self._runs)
+        clock, column = time.perf_counter_ns, 2 + len(self.workload.stages)
         self._id += 1
         picture = hashlib.blake2b(self._picture.data, digest_size=HASH_BYTES).digest()
         marks = b"".join(hashlib.blake2b(view, digest_size=HASH_BYTES).digest() for view in self._views.values())

@@ -22,6 +22,10 @@ class Stage(NamedTuple):
     run: Callable[[], None]
     writes: tuple[str, ...] = ()
     """The state tensors that it writes, and `frame` if it draws: who is to blame where a replay differs."""
+    allocates: bool = True
+    """It may make new tensors, as long as it lets them go. A captured stage promises that it makes none."""
+    waits: bool = False
+    """It may wait for the device."""
 
 
 class Workload(Protocol):

@@ -169,6 +169,7 @@ class LatentWorkload:
         self._memory: tuple[Tensor, ...]
         if self._static is not None:
             self._z, self._memory = self._static.z, (self._static.h,)
+            self._readings = self._static.readings.numpy()
             runs = self._static.run["step"], self._static.run["decode"], self._static_region, self._static_cycle
         else:
             state = self._begin(0)
@@ -177,7 +178,8 @@ class LatentWorkload:
             runs = self._step, self._draw, self._region, self._cycle
         writes = tuple(self.state()), ("frame",), (), ()
         stages = zip(("step", "decode", "gauge", "cycle"), runs, writes, strict=True)
-        self.stages = tuple(Stage(*stage) for stage in stages)[: 2 + len(self.gauge_names)]
+        allocates = self._static is None
+        self.stages = tuple(Stage(*stage, allocates) for stage in stages)[: 2 + len(self.gauge_names)]
 
     @classmethod
     def open(cls, path_or_name: str | Path, mode: Mode = "auto") -> LatentWorkload:
@@ -267,13 +269,13 @@ class LatentWorkload:
     def _static_region(self) -> None:
         assert self._static is not None
         self._static.run["region"]()
-        self.gauge[0] = self._static.readings[0]
+        self.gauge[0] = self._readings[0]
 
     def _static_cycle(self) -> None:
         assert self._static is not None
         self._static.run["encode"]()
         self._static.run["gap"]()
-        self.gauge[1] = self._static.readings[1]
+        self.gauge[1] = self._readings[1]
 
     def _cycle(self) -> None:
         gauge = self.world.gauge
