@@ -217,6 +217,16 @@ def _bench_engine(config: Any, flags: set[str]) -> int:
     return 0
 
 
+def _soak(config: Any, flags: set[str]) -> int:
+    from worldline.bench.soak import run
+
+    started = time.monotonic()
+    report = run(config)
+    print(report.read_text())
+    wrote(report.parent, started)
+    return 0
+
+
 def _bench_plan(config: Any, flags: set[str]) -> int:
     from worldline.bench.plan import run
 
@@ -429,6 +439,22 @@ COMMANDS: dict[str, Command] = {
                 "--heavy": "The same; after every frame its state moves to a second world, which makes the next.",
                 "--bisect": "Name the first frame, stage and tensor that differ; try that frame again several times.",
             },
+        ),
+        Command(
+            name="soak",
+            summary="100,000 frames in one session: memory, frame time, drift gauge, replay, a snapshot taken up",
+            about="""
+            Plays a world as fast as it goes, steered by a hand that strokes at random, with contracts strict. Then
+            replays the recording to the bit, goes on from a random frame of it, and says with intervals whether memory
+            or frame time grow. The report draws them, and the drift gauge, over the session.
+            """,
+            examples=(
+                ("worldline soak", "the shipped world"),
+                ("worldline soak runs/mine frames=20000", "your own, shorter"),
+            ),
+            run=_soak,
+            config="worldline.bench.soak:SoakConfig",
+            path="checkpoint",
         ),
         Command(
             name="ablate",

@@ -12,10 +12,10 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -145,13 +145,13 @@ class Contracts:
     def _judge_growth(self, frame: int) -> None:
         settled = [(at, value) for at, value in self._memory if at > LONGEST]
         if len(settled) >= _SAMPLES:
-            low, middle = slope(settled)
+            low, middle, _ = slope(settled)
             if low > _GROWTH:
                 more = f"{1000 * middle / 1024:.0f} KiB every 1,000 frames"
                 self._note("growth of memory", frame, "", "resident memory", more)
         settled = [(at, value) for at, value in self._times if at > LONGEST]
         if len(settled) >= _SAMPLES:
-            low, middle = slope(settled)
+            low, middle, _ = slope(settled)
             first = float(np.median([value for _, value in settled[: _SAMPLES // 2]]))
             if low * (settled[-1][0] - settled[0][0]) > _SLOWER * first:
                 more = f"{middle:.1f} us every 1,000 frames"
@@ -227,14 +227,23 @@ def _site() -> str:
     return "unknown"
 
 
-def slope(points: list[tuple[int, float]]) -> tuple[float, float]:
-    """Return the lower end of a trend's 99% interval, and the trend: Theil and Sen's slope (doi:10.2307/2285891)."""
+class Trend(NamedTuple):
+    """A slope with its 99% interval."""
+
+    low: float
+    middle: float
+    high: float
+
+
+def slope(points: Sequence[tuple[float, float]]) -> Trend:
+    """Return the trend of (x, y), at least two: the median of pairwise slopes (Theil and Sen, doi:10.2307/2285891)."""
     x, y = np.array(points, dtype=float).T
     i, j = np.triu_indices(len(x), 1)
     slopes: Float[np.ndarray, " pairs"] = np.sort((y[j] - y[i]) / (x[j] - x[i]))
-    n = len(x)
+    n, pairs = len(x), len(slopes)
     half = 2.576 * np.sqrt(n * (n - 1) * (2 * n + 5) / 18)
-    return float(slopes[max(0, int((len(slopes) - half) / 2))]), float(np.median(slopes))
+    low, high = max(0, int((pairs - half) / 2)), min(pairs - 1, int((pairs + half) / 2))
+    return Trend(float(slopes[low]), float(np.median(slopes)), float(slopes[high]))
 
 
 def resident_bytes() -> int:
