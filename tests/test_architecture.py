@@ -21,7 +21,19 @@ MAY_IMPORT = {
     "serve": FLOOR | {"data", "model", "planning", "engine", "serve"},
 }
 """Subpackage -> subpackages it may import. `bench` and the modules of the command line may import all."""
-UPPER = {"bench", "checkpoints", "cli", "commands", "config", "doctor", "listing", "quickstart", "__main__", "__init__"}
+UPPER = {
+    "bench",
+    "checkpoints",
+    "cli",
+    "commands",
+    "config",
+    "doctor",
+    "explain",
+    "listing",
+    "quickstart",
+    "__main__",
+    "__init__",
+}
 HYDRA_ONLY_IN = "cli.py"
 
 

@@ -217,6 +217,22 @@ def _bench_engine(config: Any, flags: set[str]) -> int:
     return 0
 
 
+def _explain(config: Any, flags: set[str]) -> int:
+    from worldline.core.files import read_json
+    from worldline.explain import explain
+
+    started = time.monotonic()
+    out = explain(config)
+    for section, sentences in read_json(out / "result.json")["sentences"].items():
+        print(f"\n{section}")
+        for sentence in sentences:
+            print(f"  {sentence}")
+    print()
+    wrote(out, started)
+    print(f"open {out / 'index.html'}; the trace {out / 'trace.json'} opens in ui.perfetto.dev")
+    return 0
+
+
 def _soak(config: Any, flags: set[str]) -> int:
     from worldline.bench.soak import run
 
@@ -439,6 +455,19 @@ COMMANDS: dict[str, Command] = {
                 "--heavy": "The same; after every frame its state moves to a second world, which makes the next.",
                 "--bisect": "Name the first frame, stage and tensor that differ; try that frame again several times.",
             },
+        ),
+        Command(
+            name="explain",
+            summary="where the time of a recorded session went, what was surprising, what would help",
+            about="""
+            Turns the frame ledger that lies beside a recording into a page: every sentence is computed from it. Also
+            writes the figures and a trace for ui.perfetto.dev.
+            """,
+            examples=(("worldline explain recordings/session.wlr", "the page in recordings/session.explained/"),),
+            run=_explain,
+            config="worldline.explain:ExplainConfig",
+            path="file",
+            path_required=True,
         ),
         Command(
             name="soak",

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from worldline.core.errors import WorldlineError
 from worldline.engine.ledger import Ledger, Row
 from worldline.engine.pace import Pace
-from worldline.engine.runtime import Engine
+from worldline.engine.runtime import Engine, ledger_path
 
 
 def play(engine: Engine, count: int, seed: int = 0) -> list[bytes]:
@@ -284,3 +285,18 @@ def test_pace_refuses_nonsense() -> None:
     for fps in (0.0, -1.0, float("nan"), 1e9):
         with pytest.raises(WorldlineError, match="frames a second"):
             Pace(fps)
+
+
+def test_the_ledger_of_a_recording_lies_beside_it(tmp_path: Path) -> None:
+    engine = Engine(SmallWorld())
+    engine.reset(0)
+    for action in actions(5):
+        engine.step(action)
+    engine.start_recording(tmp_path / "a.wlr")
+    for action in actions(7):
+        engine.step(action)
+    engine.stop_recording()
+    ledger, info = Ledger.load(ledger_path(tmp_path / "a.wlr"))
+    assert [row.id for row in ledger.rows()] == list(range(6, 13))
+    assert info["recording"] == "a.wlr"
+    assert info["fingerprint"] == engine.fingerprint

@@ -91,7 +91,9 @@ def run(config: SoakConfig) -> Path:
 def _play(config: SoakConfig, workload: LatentWorkload, path: Path, advance: Any) -> dict[str, Any]:
     block = config.frames // _BLOCKS
     actions = hand(workload.world.spec, config.frames, config.seed)
-    memory, times, gauge = [], [], []
+    # laid out beforehand, or the session would grow by what is noted down of it
+    memory, times = np.zeros(_BLOCKS, np.int64), np.zeros((_BLOCKS, 4))
+    gauge = np.zeros((_BLOCKS, len(workload.gauge_names), 3))
     started = time.perf_counter()
     with Engine(workload, path, ledger_frames=block, contracts=config.contracts) as engine:
         engine.reset(config.seed)
@@ -99,21 +101,22 @@ def _play(config: SoakConfig, workload: LatentWorkload, path: Path, advance: Any
         for index, action in enumerate(actions, start=1):
             readings[index % block] = list(engine.step(action).gauge.values())
             if index % block == 0:
-                summary = engine.ledger.summary()
-                times.append([summary.busy.p50, summary.busy.p99, summary.busy.max, summary.coverage])
-                memory.append(resident_bytes())
-                gauge.append(np.percentile(readings, (5, 50, 95), axis=0).T.round(4).tolist())
+                number, summary = index // block - 1, engine.ledger.summary()
+                if number < _BLOCKS:
+                    times[number] = summary.busy.p50, summary.busy.p99, summary.busy.max, summary.coverage
+                    memory[number] = resident_bytes()
+                    gauge[number] = np.percentile(readings, (5, 50, 95), axis=0).T
                 advance(block)
         chain, broken = engine.chain.hex(), [str(each) for each in engine.contracts.found]
     return {
         "chain": chain,
         "broken": broken,
-        "gauge": {"names": list(workload.gauge_names), "p5_p50_p95": gauge},
+        "gauge": {"names": list(workload.gauge_names), "p5_p50_p95": gauge.round(4).tolist()},
         "timing": {
             "seconds": time.perf_counter() - started,
             "block": block,
-            "resident_bytes": memory,
-            "p50_p99_max_coverage": times,
+            "resident_bytes": memory.tolist(),
+            "p50_p99_max_coverage": times.tolist(),
         },
     }
 

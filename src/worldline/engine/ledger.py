@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import json
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
 from worldline.core.errors import WorldlineError
+from worldline.core.files import write_bytes
 
+FORMAT = 1
 OWN = "ledger"
 """The stage in which the row itself is written."""
 
@@ -153,6 +159,35 @@ class Ledger:
             paced=int(paced.sum()),
             missed=int((times[paced, 2] > times[paced, 3]).sum()),
         )
+
+    def save(self, path: str | Path, info: dict[str, Any], ids_from: int = 0) -> None:
+        """Write the ring's frames with ids from `ids_from` on, and what JSON says of them, as an `.npz`."""
+        rows = self._last(None)
+        rows = rows[self._times[rows, 0] >= ids_from]
+        data = io.BytesIO()
+        told = json.dumps({"format": FORMAT, "stages": self.stages, **info})
+        np.savez_compressed(data, info=np.array(told), times=self._times[rows], spans=self._spans[rows])
+        write_bytes(path, data.getvalue())
+
+    @classmethod
+    def load(cls, path: str | Path) -> tuple[Ledger, dict[str, Any]]:
+        """Return a saved ledger and what was said of it.
+
+        Raises:
+            WorldlineError: no such file, or not a ledger of this version.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                info, times, spans = json.loads(str(saved["info"])), saved["times"], saved["spans"]
+            stages = tuple(info["stages"])
+            whole = info["format"] == FORMAT and times.shape == (len(times), 4) and times.dtype == np.int64
+            if not whole or spans.shape != (len(times), len(stages), 2) or not len(times):
+                raise ValueError("it has other contents")
+            ledger = cls(stages[:-1], len(times))
+        except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise WorldlineError(f"{path}: not a frame ledger ({error}); one lies beside each recording") from None
+        ledger._times[:], ledger._spans[:], ledger.count = times, spans, len(times)
+        return ledger, info
 
     def _last(self, last: int | None) -> Int64[np.ndarray, " n"]:
         kept = min(self.count, self.capacity, last if last is not None else self.count)

@@ -193,12 +193,18 @@ class Engine:
             self._recorder.snapshot(self._id, self._chain, self.snapshot())
 
     def stop_recording(self) -> int:
-        """Close the recording in order and return how many frames it holds; 0 if there was none."""
+        """Close the recording in order and return how many frames it holds; 0 if there was none.
+
+        The ledger of its frames, as far as the ring holds them, is written beside it.
+        """
         with self._lock:
             recorder, self._recorder = self._recorder, None
             if recorder is None:
                 return 0
             recorder.close(max(self._id, 0), self._chain)
+            if self.ledger.count:
+                info = {"fps": self.workload.fps, "fingerprint": self.fingerprint, "recording": recorder.path.name}
+                self.ledger.save(ledger_path(recorder.path), info, max(0, self._id + 1 - recorder.pictures))
             return recorder.pictures
 
     def close(self) -> None:
@@ -310,6 +316,11 @@ class Engine:
             self._recorder = None  # play goes on; the caller hears of it once
             recorder.abandon()
             raise
+
+
+def ledger_path(recording: Path) -> Path:
+    """Return where the ledger of a recording lies."""
+    return recording.with_suffix(".ledger.npz")
 
 
 def _layout(workload: Workload) -> Layout:
