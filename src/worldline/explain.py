@@ -74,9 +74,14 @@ def explain(config: ExplainConfig) -> Path:
 
 
 def tell(ledger: Ledger, fps: float) -> dict[str, list[str]]:
-    """Return sentences by section: where time goes, what was surprising, what would help."""
+    """Return sentences by section: where time goes, what was surprising, what would help.
+
+    `fps` is the pace of a session whose frames had no deadlines.
+    """
     summary = ledger.summary()
     busy, spans, begin, deadline = _arrays(ledger)
+    if (apart := np.diff(deadline[deadline > 0])).size:  # the session's own pace
+        fps = round(1e9 / float(np.median(apart)), 2)
     return {
         "Where time goes": _where(summary, fps, begin),
         "What was surprising": _surprises(ledger, summary, busy, spans, deadline, begin) or ["Nothing."],
@@ -261,7 +266,7 @@ def _draw(ledger: Ledger) -> str:
             ax.plot(ids[shown], allowed[shown], color="#d55e00", lw=1, label="until the deadline")
         what = "frame" if step == 1 else f"frame (the longest of each {step})"
         ax.set(xlabel=what, ylabel="ms", ylim=(0, None), xlim=(ids[0], max(ids[-1], ids[0] + 1)))
-        ax.legend(fontsize=8, ncols=5, frameon=False, loc="upper left")
+        figure.legend(fontsize=8, ncols=10, frameon=False, loc="outside upper center")
         ax.spines[["top", "right"]].set_visible(False)
         data = io.StringIO()
         figure.savefig(data, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
