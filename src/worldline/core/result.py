@@ -22,7 +22,7 @@ def provenance() -> dict[str, Any]:
     `commit` is None outside a git checkout of the project; `-dirty` is appended when tracked files differ from it.
     """
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
         "commit": _commit(),
         "machine": {"processor": _processor(), "cores": _cores(), "system": platform.platform(terse=True)},
         "python": platform.python_version(),
@@ -34,6 +34,12 @@ def provenance() -> dict[str, Any]:
 def write_result(path: str | Path, kind: str, figures: dict[str, Any], timing: dict[str, Any] | None = None) -> None:
     """Write a `result.json`: `figures` must repeat exactly when run again; what cannot goes into `timing`."""
     write_json(path, {"kind": kind, **figures, "timing": timing or {}, "provenance": provenance()})
+
+
+def _program() -> str:
+    """Return what was typed: a package that was run with `python -m` has its own file as name."""
+    program = Path(sys.argv[0])
+    return f"{Path(sys.executable).name} -m {program.parent.name}" if program.name == "__main__.py" else program.name
 
 
 def _version(name: str) -> str | None:
