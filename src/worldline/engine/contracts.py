@@ -36,6 +36,7 @@ LONGEST = 1024
 _GENERATIONS = 3  # audits whose tensors must all be alive before they count as hoarded, and that must all have waited
 _WAIT_MS = 0.5  # less is what threads of Python wait for each other
 _SAMPLES = 8  # audits before growth is judged
+_MOST_SAMPLES = 64  # of a long session; every other one is dropped when there are more, or the judge itself would grow
 _GROWTH = 64 * 1024 / 1000  # bytes a frame; allocators grow by less for a while
 _SLOWER = 0.2  # share of the first frames' time
 _HERE = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
@@ -126,6 +127,8 @@ class Contracts:
         self._times.append((self._frames, float(np.median(self._recent))))
         self._memory.append((self._frames, float(resident_bytes())))
         self._recent.clear()
+        if len(self._memory) > _MOST_SAMPLES:
+            del self._memory[1::2], self._times[1::2]
         self._judge_growth(frame)
         new, self._new = self._new, []
         self.found += new
