@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +80,7 @@ def test_a_planted_sleep_is_named() -> None:
         ContractViolation, match="wait in stage 'decode' at frame 65: it gave the processor away for"
     ) as t:
         play(Planted(lambda: time.sleep(0.003)), 100)
-    assert "3." in str(t.value)
+    assert float(re.findall(r"away for ([\d.]+) ms", str(t.value))[0]) >= 3
 
 
 def test_work_is_no_waiting() -> None:
