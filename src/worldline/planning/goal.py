@@ -6,6 +6,7 @@ k elites.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -22,7 +23,9 @@ _CONTENDERS = 8
 """Candidates around the border between elites and others that are imagined exactly at least."""
 _SAFETY = 5.0
 """Candidates farther from the border than this many times the error seen there (root mean square) count as decided."""
-_RENEWED = (2, 5, 11)
+_ROUNDING = 2e-6
+"""Costs that differ by less than this share of them are told apart by the world itself, not by the screen's float32."""
+_RENEWED = (3, 8, 13, 20)
 """Rounds of a search after which the screen's reference is made anew, since a search narrows most at its beginning."""
 
 
@@ -65,6 +68,7 @@ class GoalCost:
         self._hold, self._matrix, self._over = hold, matrix, over
         self._screen, self._trust = screen, trust
         self._references: list[list[Step] | None] = [None] * len(goal)
+        self._stale = [True] * len(goal)
         self._errors, self._rounds = [0.0] * len(goal), [0] * len(goal)
 
     def __call__(self, actions: Float[Tensor, "p n t a"]) -> Float[Tensor, "p n"]:
@@ -77,22 +81,36 @@ class GoalCost:
 
     def _elites(self, problem: int, actions: Float[Tensor, "n t a"], k: int) -> Int64[Tensor, " k"]:
         n = len(actions)
-        if self._screen is None or n < 4 * _CONTENDERS or k == n:
-            return torch.topk(_defined(self._exact(problem, actions)), k, largest=False).indices
-        costs = _defined(self._rough(problem, actions))
-        away = (costs - torch.kthvalue(costs, k).values).abs()
-        nearest, exact = torch.argsort(away), costs.clone()
-        known, error = 0, self._errors[problem]  # to begin with, the last iteration's
+        screened = self._screen is not None and n >= 4 * _CONTENDERS and k < n
+        costs = _defined(self._rough(problem, actions) if screened else self._exact(problem, actions))
+        border = torch.kthvalue(costs, k).values
+        if screened and not torch.isfinite(border):  # a reference that is not a number tells nothing
+            screened, costs = False, _defined(self._exact(problem, actions))
+        if not screened:
+            return torch.topk(costs, k, largest=False).indices
+        away = (costs - border).abs()
+        nearest, checked = torch.argsort(away), costs.clone()
+        known, before = 0, self._errors[problem]
+        error = before
         while known < (wanted := max(_CONTENDERS, int((away <= _SAFETY * error).sum()))):
             asked = nearest[known:wanted]
-            exact[asked] = _defined(self._exact(problem, actions[asked]))
+            checked[asked] = _defined(self._checked(problem, actions[asked]))
             known = wanted
-            error = float(torch.nan_to_num((exact - costs)[nearest[:known]], nan=torch.inf).square().mean().sqrt())
-        self._errors[problem] = error
+            off = torch.nan_to_num((checked - costs)[nearest[:known]], nan=torch.inf)
+            now = float(off.square().mean().sqrt())
+            error = max(now, before)  # a few contenders may agree by chance
+        border = torch.kthvalue(checked, k).values
+        away = (checked - border).abs()
+        tied = int((away <= _ROUNDING * border.abs()).sum())
+        if tied > 1:
+            asked = torch.argsort(away)[: max(_CONTENDERS, tied)]  # not so few that they are summed in another order
+            checked[asked] = _defined(self._exact(problem, actions[asked]))
+        pooled = math.sqrt((before**2 + now**2) / 2)
+        self._errors[problem] = pooled if math.isfinite(pooled) else 0.0
         self._rounds[problem] += 1
-        if self._rounds[problem] in _RENEWED or known > 4 * _CONTENDERS:
-            self._references[problem] = None  # the search has narrowed or moved away from it
-        return torch.topk(exact, k, largest=False).indices
+        moved = known > 4 * _CONTENDERS and not self._stale[problem]  # else it has just been made
+        self._stale[problem] = self._rounds[problem] in _RENEWED or moved  # the search has narrowed or moved on
+        return torch.topk(checked, k, largest=False).indices
 
     def _exact(self, problem: int, actions: Float[Tensor, "n t a"]) -> Float[Tensor, " n"]:
         n = len(actions)
@@ -104,13 +122,21 @@ class GoalCost:
         imagined, expected = self._world.rollout_with_error(state, held)
         return self._distance(problem, imagined, last_believed(expected.error, self._trust))
 
+    def _checked(self, problem: int, actions: Float[Tensor, "n t a"]) -> Float[Tensor, " n"]:
+        z, h, reference = self._state.z[problem], self._state.memory[0][problem], self._references[problem]
+        assert self._screen is not None
+        assert reference is not None
+        held = actions.repeat_interleave(self._hold, dim=1)
+        return self._distance(problem, self._screen.rollout(z, h, held, reference, exact=True))
+
     def _rough(self, problem: int, actions: Float[Tensor, "n t a"]) -> Float[Tensor, " n"]:
         assert self._screen is not None
         z, h = self._state.z[problem], self._state.memory[0][problem]
         held = actions.repeat_interleave(self._hold, dim=1)
         reference = self._references[problem]
-        if reference is None:
-            self._references[problem], imagined = self._screen.reference(z, h, held, fold=self._rounds[problem] > 0)
+        if reference is None or self._stale[problem]:
+            fold = self._rounds[problem] > 0  # the first candidates are wide
+            self._references[problem], imagined = self._screen.reference(z, h, held, fold, reference)
         else:
             imagined = self._screen.rollout(z, h, held, reference)
         return self._distance(problem, imagined)

@@ -1,15 +1,18 @@
-"""Rough rollouts of many candidates at less than half the price, to tell which of them are worth an exact one.
+"""Rough rollouts of many candidates at half to a quarter of the price, to tell which are worth an exact one.
 
-Three hundred candidates through a GRU are matrix products and little else. Two things make them cheaper:
+Hundreds of candidates through a GRU are matrix products and little else. Three things make them cheaper:
 
 - The candidates of one problem run close together. What they share is computed once, in float32, along one reference
   trajectory; only their differences from it are multiplied in bfloat16, which takes half the time of float32 where the
   processor has instructions for it. So the rounding errors shrink as the search narrows.
 - Of the ReLU units between (z, action) and the GRU, most are off for every candidate or on for every candidate. The
-  former drop out, the latter are linear maps, which are multiplied out beforehand; which they are is taken from the
-  candidates that were seen when the reference was made.
+  former drop out, the latter are linear maps, which are multiplied out beforehand. Which they are is taken from the
+  candidates that were seen when the reference was made; where a later candidate switches one, the unit is put back.
+- Once a search is narrow, the candidates' memories differ in few directions: 2% of all after the first step, a fifth
+  after the fourth. Then only their coordinates in these are multiplied, in float32, but for candidates that left them.
 
-Shape legend: n candidates, t steps, a action, d latent, e width of the GRU, m ReLU units that are kept, da = d + a.
+Shape legend: n candidates, t steps, a action, d latent, e width of the GRU, m ReLU units that are kept, da = d + a,
+s = 4e sums (two gates, the new memory, the output), r directions.
 """
 
 from __future__ import annotations
@@ -18,14 +21,35 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldline.model.predictor import GRUPredictor
 from worldline.model.world import World
 
-Product = Callable[[Tensor], Tensor]
+Layer = Callable[[Tensor, Tensor], Tensor]
+"""A linear map of its first argument, with the second as its bias."""
+
+_BESIDE = 0.03
+"""How far beside the directions a memory may lie, in root mean squares of the differences they were taken from."""
+_NARROW = 0.5
+"""Share of the ReLU units that may be kept for directions of the memory to be worth looking for."""
+_SAMPLE = 128
+"""Candidates that directions are taken from; finding them costs the third power of this."""
+_TAIL = 0.003
+"""Share of the memories' differences (root of the summed squares) that the directions may leave out."""
+
+
+class Directions(NamedTuple):
+    """Where the candidates' memories differ after a step."""
+
+    basis: Float[Tensor, "e r"]
+    offset: Float[Tensor, " r"]
+    """Takes the reference off the coordinates."""
+    weight: Float[Tensor, "r s"]
+    beside: Float[Tensor, ""]
+    """Squared distance from the directions beyond which they are no use for a memory."""
 
 
 class Step(NamedTuple):
@@ -36,19 +60,41 @@ class Step(NamedTuple):
     x: Float[Tensor, "1 m"]
     h: Float[Tensor, "1 e"]
     """The memory after the step."""
-    gates: Float[Tensor, "1 e2"]
-    new_x: Float[Tensor, "1 e"]
+    sums: Float[Tensor, " s"]
+    """Before each nonlinearity, without what the memory of candidates adds to them."""
     new_h: Float[Tensor, "1 e"]
-    out: Float[Tensor, "1 e"]
-    """The sums before each nonlinearity; the new memory's two shares apart."""
-    embed: tuple[Float[Tensor, "m da"], Float[Tensor, " m"]]
-    """The kept ReLU units."""
-    by_x: Product
-    """From differences of (v, x) to those of gates, new_x and out."""
+    """What the memory before the step adds to the new one."""
+    after: Float[Tensor, " s"]
+    """What the memory after the step adds to the next step's gates and new memory; no output yet. Zeros at the end."""
+    embed: tuple[Float[Tensor, "e da"], Float[Tensor, " e"]]
+    """The kept ReLU units, then the others, whose signs are such that they are off for the candidates seen."""
+    same: int
+    """So many values of (z, action) count for nothing, since all candidates share them or all units are kept."""
+    by_x: Layer
+    """From differences of the other values and of x to those of the sums."""
+    rough_x: Tensor
+    """The same as a matrix in bfloat16."""
+    others: Int64[Tensor, " e-m"]
+    """Which units the other ones are."""
+    by_h: Tensor
+    """From differences of the memory to those of the next gates, the next new memory and this output; bfloat16."""
+    directions: Directions | None
+
+
+class Seen(NamedTuple):
+    """What candidates did in one step."""
+
+    least: Float[Tensor, " e"]
+    most: Float[Tensor, " e"]
+    """The range of every ReLU unit's sum."""
+    h: Float[Tensor, "n e"]
 
 
 class Screen:
-    """Rough rollouts of a world with a GRU. The weights are those that the world has when this is made."""
+    """Rough rollouts of a world with a GRU. The weights are those that the world has when this is made.
+
+    Sums are kept in one place from call to call: threads want a screen each.
+    """
 
     def __init__(self, world: World) -> None:
         assert isinstance(world.predictor, GRUPredictor)
@@ -57,7 +103,7 @@ class Screen:
         self._embed, self._out, self._last = (
             (layer.weight.detach(), layer.bias.detach())
             for layer in (predictor.embed[0], predictor.out[0], predictor.out[2])
-            if isinstance(layer, torch.nn.Linear)
+            if isinstance(layer, nn.Linear)
         )
         # tanh(v) = 2 sigmoid(2 v) - 1, and a sigmoid costs a third of a tanh: the 2 goes into the weights
         twice = torch.ones(3 * e)
@@ -66,25 +112,36 @@ class Screen:
         self._hh = cell.weight_hh.detach() * twice[:, None], cell.bias_hh.detach() * twice
         out = self._out[0]  # sees (h', x)
         self._from_x = torch.cat((self._ih[0], out[:, e:])).T.contiguous()  # (e, 4e)
-        unused = torch.zeros(self._embed[0].shape[1], 4 * e)
-        self._by_x = _rough_product(torch.cat((unused, self._from_x)))
-        self._by_h = _rough_product(torch.cat((self._hh[0], out[:, :e])).T)
-        self._by_last_h = _rough_product(out[:, :e].T)
+        self._from_h = torch.cat((self._hh[0], out[:, :e])).T.contiguous()
+        self._rough_x, self._rough_h = self._from_x.bfloat16(), self._from_h.bfloat16()
+        self._rough_last_h = self._rough_h[:, 3 * e :].contiguous()
         self._normalise = world.normalise_actions
+        self._sums = self._after = torch.empty(0, 4 * e)
+        self._product = torch.empty(0, dtype=torch.bfloat16)
+        self._add_x, self._add_h = _packed(self._from_x), _packed(self._from_h)
+        self._add_last_h = _packed(self._from_h[:, 3 * e :])
 
     def reference(
-        self, z: Float[Tensor, " d"], h: Float[Tensor, " e"], actions: Float[Tensor, "n t a"], fold: bool
+        self,
+        z: Float[Tensor, " d"],
+        h: Float[Tensor, " e"],
+        actions: Float[Tensor, "n t a"],
+        fold: bool,
+        last: list[Step] | None = None,
     ) -> tuple[list[Step], Float[Tensor, "n t d"]]:
         """Return the reference of candidates like these, and the rough rollouts of these themselves.
 
-        `fold` multiplies units out, which costs half a rollout and pays once the candidates are not too wide.
+        `fold` multiplies units out, which pays once the candidates are not too wide. `last` is the problem's reference
+        so far, if it has one: the rollouts take it while the new one is made.
         """
         whole = self._trace(z, h, actions.mean(dim=0))
-        spans: list[tuple[Tensor, Tensor]] = []
-        imagined = self.rollout(z, h, actions, whole, spans)
         if not fold:
-            return whole, imagined
-        return [self._fold(step, *span) for step, span in zip(whole, spans, strict=True)], imagined
+            return whole, self.rollout(z, h, actions, whole)
+        seen: list[Seen] = []
+        imagined = self.rollout(z, h, actions, last or whole, seen)
+        return [
+            self._fold(step, what, first=step is whole[0]) for step, what in zip(whole, seen, strict=True)
+        ], imagined
 
     def rollout(
         self,
@@ -92,58 +149,144 @@ class Screen:
         h: Float[Tensor, " e"],
         actions: Float[Tensor, "n t a"],
         reference: list[Step],
-        spans: list[tuple[Tensor, Tensor]] | None = None,
+        seen: list[Seen] | None = None,
+        exact: bool = False,
     ) -> Float[Tensor, "n t d"]:
-        """Imagine all candidates roughly. They and the reference begin in the same state.
+        """Imagine candidates that begin in the reference's state: roughly, or, a few of them, in float32.
 
-        `spans` is given the least and the largest sum of every ReLU unit over the candidates, for each step.
+        `seen` is given what the candidates did in each step.
         """
-        e, n, last = self._e, len(actions), len(reference) - 1
+        e, n = self._e, len(actions)
+        if len(self._sums) < n:  # kept: blocks of this size go back to the system and cost page faults every time
+            self._sums, self._after = torch.empty(n, 4 * e), torch.empty(n, 4 * e)
+            self._product = torch.empty(n * 4 * e, dtype=torch.bfloat16)
+        sums, after = self._sums[:n], self._after[:n]
         state, z = h.expand(n, -1), z.expand(n, -1)
-        by_h: Tensor | None = None  # the memory to begin with is the reference's own
         imagined = []
         for step, (action, shared) in enumerate(zip(self._normalise(actions).unbind(1), reference, strict=True)):
             v = torch.cat((z, action), dim=1)
-            x = F.linear(v, *shared.embed)
-            if spans is not None:
-                spans.append((x.amin(dim=0), x.amax(dim=0)))
-            by_x = shared.by_x(torch.cat((v - shared.v, x.relu_().sub_(shared.x)), dim=1))
-            gates, new_h = by_x[:, : 2 * e], shared.new_h
-            if by_h is not None:
-                gates = gates + by_h[:, : 2 * e]
-                new_h = torch.add(new_h, by_h[:, 2 * e : 3 * e])
-            gates = torch.add(shared.gates, gates).sigmoid_()
-            new = torch.add(shared.new_x, by_x[:, 2 * e : 3 * e]).addcmul_(gates[:, :e], new_h)
-            state = torch.lerp(new.sigmoid_().mul_(2.0).sub_(1.0), state, gates[:, e:])
-            by_h = self._by_h(state - shared.h) if step < last else self._by_last_h(state - shared.h)
-            out = torch.add(shared.out, by_h[:, -e:] + by_x[:, 3 * e :]).relu_()
+            x, m = F.linear(v, *shared.embed).relu_(), shared.x.shape[1]
+            difference = torch.cat(((v - shared.v)[:, shared.same :], x[:, :m].sub_(shared.x)), dim=1)
+            switched = (x[:, m:].amax(dim=0) > 0).nonzero()[:, 0] if m < e else None
+            if exact:
+                sums = shared.by_x(difference, shared.sums)
+                if switched is not None:
+                    sums.addmm_(x[:, m + switched], self._from_x[shared.others[switched]])
+            else:
+                rough_x = shared.rough_x
+                if switched is not None:
+                    difference = torch.cat((difference, x[:, m + switched]), dim=1)
+                    rough_x = torch.cat((rough_x, self._rough_x[shared.others[switched]]))
+                self._multiply(difference, rough_x, shared.sums, out=sums)
+            new_h = shared.new_h
+            if step > 0:  # the memory to begin with is the reference's own
+                sums[:, : 2 * e].add_(after[:, : 2 * e])
+                new_h = after[:, 2 * e : 3 * e]
+            gates = sums[:, : 2 * e].sigmoid_()
+            new = sums[:, 2 * e : 3 * e].addcmul_(gates[:, :e], new_h).sigmoid_().mul_(2.0).sub_(1.0)
+            state = torch.lerp(new, state, gates[:, e:])
+            if seen is not None:
+                unit = F.linear(v, *self._embed)
+                seen.append(Seen(unit.amin(dim=0), unit.amax(dim=0), state))
+            apart, last = state - shared.h, step == len(reference) - 1
+            if exact:
+                after = (self._add_last_h if last else self._add_h)(apart, shared.after)
+            elif shared.directions is None:
+                self._multiply(apart, shared.by_h, shared.after, out=after[:, -len(shared.after) :])
+            else:
+                basis, offset, weight, limit = shared.directions
+                coordinates = torch.addmm(offset, state, basis)
+                torch.addmm(shared.after, coordinates, weight, out=after)
+                beside = apart.square().sum(dim=1) - coordinates.square().sum(dim=1)
+                rows = (beside > limit).nonzero()[:, 0]
+                if len(rows) > 0:
+                    after[rows] = torch.add(shared.after, apart[rows].bfloat16() @ shared.by_h)
+            out = sums[:, 3 * e :].add_(after[:, -e:]).relu_()
             z = z + F.linear(out, *self._last)
             imagined.append(z)
         return torch.stack(imagined, dim=1)
 
+    def _multiply(
+        self, differences: Float[Tensor, "n i"], weight: Tensor, shared: Float[Tensor, " o"], out: Float[Tensor, "n o"]
+    ) -> None:
+        """Write shared + differences @ weight, multiplied in bfloat16, to `out`."""
+        product = self._product[: out.numel()].view(out.shape)
+        torch.mm(differences.bfloat16(), weight, out=product)
+        out.copy_(product).add_(shared)
+
     def _trace(self, z: Float[Tensor, " d"], h: Float[Tensor, " e"], actions: Float[Tensor, "t a"]) -> list[Step]:
         """Imagine one trajectory in float32."""
         e, z, h = self._e, z[None], h[None]
-        steps = []
+        steps: list[Step] = []
+        gh = F.linear(h, *self._hh)
         for action in self._normalise(actions)[:, None]:
             v = torch.cat((z, action), dim=1)
             x = F.linear(v, *self._embed).relu_()
-            gx, gh = F.linear(x, *self._ih), F.linear(h, *self._hh)
-            gates, new_x, new_h = gx[:, : 2 * e] + gh[:, : 2 * e], gx[:, 2 * e :], gh[:, 2 * e :]
+            gx, new_h = F.linear(x, *self._ih), gh[:, 2 * e :]
+            gates = gx[:, : 2 * e] + gh[:, : 2 * e]
             reset, update = torch.split(gates.sigmoid(), e, dim=1)
-            h = torch.lerp((new_x + reset * new_h).sigmoid_().mul_(2.0).sub_(1.0), h, update)
+            h = torch.lerp((gx[:, 2 * e :] + reset * new_h).sigmoid_().mul_(2.0).sub_(1.0), h, update)
             out = F.linear(torch.cat((h, x), dim=1), *self._out)
             z = z + F.linear(out.relu(), *self._last)
-            steps.append(Step(v, x, h, gates, new_x, new_h, out, self._embed, self._by_x))
+            gh = F.linear(h, *self._hh)
+            last = len(steps) == len(actions) - 1
+            steps.append(
+                Step(
+                    v=v,
+                    x=x,
+                    h=h,
+                    sums=torch.cat((gx[:, : 2 * e] if steps else gates, gx[:, 2 * e :], out), dim=1)[0],
+                    new_h=new_h,
+                    after=h.new_zeros(e) if last else torch.cat((gh, torch.zeros_like(h)), dim=1)[0],
+                    embed=self._embed,
+                    same=v.shape[1],
+                    by_x=self._add_x,
+                    rough_x=self._rough_x,
+                    others=torch.empty(0, dtype=torch.int64),
+                    by_h=self._rough_last_h if last else self._rough_h,
+                    directions=None,
+                )
+            )
         return steps
 
-    def _fold(self, step: Step, least: Float[Tensor, " e"], most: Float[Tensor, " e"]) -> Step:
-        """Drop the units that are off for all candidates, and multiply out those that are on for all."""
+    def _fold(self, step: Step, seen: Seen, first: bool) -> Step:
+        """Drop the units that are off for all candidates, and multiply out those that are on for all; look for the
+        directions in which the memories differ, if few units are left.
+        """
         weight, bias = self._embed
-        on = (least >= 0).nonzero()[:, 0]
-        mixed = ((least < 0) & (most > 0)).nonzero()[:, 0]
-        folded = torch.cat((weight[on].T @ self._from_x[on], self._from_x[mixed]))  # (da + m, 4e)
-        return step._replace(x=step.x[:, mixed], embed=(weight[mixed], bias[mixed]), by_x=_rough_product(folded))
+        on, off = seen.least >= 0, seen.most <= 0
+        mixed, others = (~(on | off)).nonzero()[:, 0], (on | off).nonzero()[:, 0]
+        sign = torch.where(on, -1.0, 1.0)[others]  # relu(x) = x + relu(-x)
+        same = len(self._last[1]) if first else 0  # all begin with the same latent
+        if len(mixed) + weight.shape[1] - same < self._e:
+            by_x = torch.cat((weight[on, same:].T @ self._from_x[on], self._from_x[mixed]))
+            step = step._replace(
+                x=step.x[:, mixed],
+                embed=(
+                    torch.cat((weight[mixed], sign[:, None] * weight[others])),
+                    torch.cat((bias[mixed], sign * bias[others])),
+                ),
+                same=same,
+                by_x=lambda x, bias: torch.addmm(bias, x, by_x),  # not worth packing
+                rough_x=by_x.bfloat16(),
+                others=others,
+            )
+        if len(mixed) < _NARROW * self._e and len(step.after) > self._e:
+            step = step._replace(directions=self._directions(step, seen.h))
+        return step
+
+    def _directions(self, step: Step, h: Float[Tensor, "n e"]) -> Directions | None:
+        """Return the principal directions of these memories' differences; None if there are too many to pay."""
+        apart = (h - step.h)[:_SAMPLE]
+        powers, mixes = torch.linalg.eigh(apart @ apart.T)  # rising
+        powers = powers.clamp(min=0.0)
+        left_out = powers.cumsum(dim=0) <= _TAIL**2 * powers.sum()
+        r = min(int((~left_out).sum()), h.shape[1])
+        if not 0 < r < 0.4 * self._e:  # float32 takes twice as long, and the coordinates come on top
+            return None
+        beside = _BESIDE**2 * powers.sum() / len(apart)
+        basis = apart.T @ (mixes[:, -r:] / powers[-r:].sqrt())
+        return Directions(basis, -(step.h @ basis)[0], basis.T @ self._from_h, beside)
 
 
 def make_screen(world: World) -> Screen | None:
@@ -163,11 +306,12 @@ def _multiplies_bfloat16() -> bool:
     return bool(supported is not None and supported())
 
 
-def _rough_product(weight: Float[Tensor, "i o"]) -> Product:
-    """Return x -> x @ weight in bfloat16, the weight laid out for oneDNN where torch offers that."""
-    rough = weight.to(torch.bfloat16).T.contiguous()
-    operators = torch.ops.mkldnn
+def _packed(weight: Float[Tensor, "i o"]) -> Layer:
+    """Return (x, bias) -> bias + x @ weight for a few rows, which does little but read the weight: laid out for that by
+    oneDNN, where torch offers it.
+    """
+    operators, turned = torch.ops.mkldnn, weight.T.contiguous()
     if not hasattr(operators, "_linear_pointwise"):
-        return lambda x: F.linear(x.to(torch.bfloat16), rough)
-    packed = operators._reorder_linear_weight(rough)
-    return lambda x: operators._linear_pointwise(x.to(torch.bfloat16), packed, None, "none", [], "")
+        return lambda x, bias: F.linear(x, turned, bias)
+    packed = operators._reorder_linear_weight(turned, 16)
+    return lambda x, bias: operators._linear_pointwise(x, packed, bias, "none", [], "")
