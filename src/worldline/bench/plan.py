@@ -192,9 +192,9 @@ def render(result: dict[str, Any]) -> str:
             "",
             "A plan is matrix products and little else. "
             + (
-                "Most candidates are imagined roughly, in bfloat16, without the units that no candidate switches and, once "
-                "they are close together, in the directions where they differ; those near the border of the elites again "
-                "in float32."
+                "Most candidates are imagined roughly: in bfloat16, without the units that no candidate switches and, "
+                "once they are close together, in the directions where they differ; those near the border of the "
+                "elites again in float32."
                 if result["screened"]
                 else "This machine or predictor has no screen, so both do the same."
             ),
