@@ -28,8 +28,8 @@ setup: $(DEV_STAMP)
 
 # Warnings are errors in pytest; ruff and mypy come first because they answer in seconds.
 test: $(DEV_STAMP) debian
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from toy_world import SPEC, TINY
 
+from toy_world import SPEC, TINY
 from worldline.core.errors import WorldlineError
 from worldline.model.checkpoint import save_world
 from worldline.model.foreign import ForeignWorld, is_foreign, load_any

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from toy_world import SPEC, TINY
 
+from toy_world import SPEC, TINY
 from worldline.core.errors import WorldlineError
 from worldline.model import World, filmstrip
 

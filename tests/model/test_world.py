@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy_world import SPEC, TINY
 
+from toy_world import SPEC, TINY
 from worldline.core.errors import WorldlineError
 from worldline.model import State, World, WorldConfig
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_world import SPEC, TINY
 
+from toy_world import SPEC, TINY
 from worldline.core.errors import WorldlineError
 from worldline.model import World, load_world, read_card, save_world
 from worldline.model.checkpoint import weights_sha256
