@@ -21,7 +21,7 @@ Over = Literal["mean", "last"]
 
 _CONTENDERS = 8
 """Candidates around the border between elites and others that are imagined exactly at least."""
-_SAFETY = 5.0
+_SAFETY = 7.0
 """Candidates farther from the border than this many times the error seen there (root mean square) count as decided."""
 _ROUNDING = 2e-6
 """Costs that differ by less than this share of them are told apart by the world itself, not by the screen's float32."""

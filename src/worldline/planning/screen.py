@@ -17,6 +17,7 @@ s = 4e sums (two gates, the new memory, the output), r directions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -87,13 +88,14 @@ class Seen(NamedTuple):
     least: Float[Tensor, " e"]
     most: Float[Tensor, " e"]
     """The range of every ReLU unit's sum."""
-    h: Float[Tensor, "n e"]
+    h: Float[Tensor, "r e"]
+    """The memories of the first of them."""
 
 
 class Screen:
     """Rough rollouts of a world with a GRU. The weights are those that the world has when this is made.
 
-    Sums are kept in one place from call to call: threads want a screen each.
+    Its memory is used again in every call: threads want a screen each.
     """
 
     def __init__(self, world: World) -> None:
@@ -116,8 +118,7 @@ class Screen:
         self._rough_x, self._rough_h = self._from_x.bfloat16(), self._from_h.bfloat16()
         self._rough_last_h = self._rough_h[:, 3 * e :].contiguous()
         self._normalise = world.normalise_actions
-        self._sums = self._after = torch.empty(0, 4 * e)
-        self._product = torch.empty(0, dtype=torch.bfloat16)
+        self._kept: dict[str, Tensor] = {}
         self._add_x, self._add_h = _packed(self._from_x), _packed(self._from_h)
         self._add_last_h = _packed(self._from_h[:, 3 * e :])
 
@@ -157,38 +158,43 @@ class Screen:
         `seen` is given what the candidates did in each step.
         """
         e, n = self._e, len(actions)
-        if len(self._sums) < n:  # kept: blocks of this size go back to the system and cost page faults every time
-            self._sums, self._after = torch.empty(n, 4 * e), torch.empty(n, 4 * e)
-            self._product = torch.empty(n * 4 * e, dtype=torch.bfloat16)
-        sums, after = self._sums[:n], self._after[:n]
+        sums, after = self._keep("sums", n, 4 * e), self._keep("after", n, 4 * e)
+        x, apart = self._keep("x", n, e), self._keep("apart", n, e)
         state, z = h.expand(n, -1), z.expand(n, -1)
         imagined = []
         for step, (action, shared) in enumerate(zip(self._normalise(actions).unbind(1), reference, strict=True)):
             v = torch.cat((z, action), dim=1)
-            x, m = F.linear(v, *shared.embed).relu_(), shared.x.shape[1]
-            difference = torch.cat(((v - shared.v)[:, shared.same :], x[:, :m].sub_(shared.x)), dim=1)
-            switched = (x[:, m:].amax(dim=0) > 0).nonzero()[:, 0] if m < e else None
+            weight, bias = shared.embed
+            torch.addmm(bias, v, weight.T, out=x).relu_()
+            m = shared.x.shape[1]
+            parts = [(v - shared.v)[:, shared.same :], x[:, :m].sub_(shared.x)]
+            switched = (x[:, m:].amax(dim=0) > 0).nonzero()[:, 0] if m < e else x.new_empty(0, dtype=torch.int64)
             if exact:
-                sums = shared.by_x(difference, shared.sums)
-                if switched is not None:
+                sums = shared.by_x(torch.cat(parts, dim=1), shared.sums)
+                if len(switched) > 0:
                     sums.addmm_(x[:, m + switched], self._from_x[shared.others[switched]])
             else:
                 rough_x = shared.rough_x
-                if switched is not None:
-                    difference = torch.cat((difference, x[:, m + switched]), dim=1)
-                    rough_x = torch.cat((rough_x, self._rough_x[shared.others[switched]]))
-                self._multiply(difference, rough_x, shared.sums, out=sums)
+                if len(switched) > 0:
+                    parts.append(x[:, m + switched])
+                    whole = self._keep("rough_x", len(rough_x) + len(switched), 4 * e, dtype=torch.bfloat16)
+                    torch.index_select(self._rough_x, 0, shared.others[switched], out=whole[len(rough_x) :])
+                    whole[: len(rough_x)] = rough_x
+                    rough_x = whole
+                differences = torch.cat(parts, dim=1, out=self._keep("differences", n, len(rough_x)))
+                self._multiply(differences, rough_x, shared.sums, out=sums)
             new_h = shared.new_h
             if step > 0:  # the memory to begin with is the reference's own
                 sums[:, : 2 * e].add_(after[:, : 2 * e])
                 new_h = after[:, 2 * e : 3 * e]
             gates = sums[:, : 2 * e].sigmoid_()
             new = sums[:, 2 * e : 3 * e].addcmul_(gates[:, :e], new_h).sigmoid_().mul_(2.0).sub_(1.0)
-            state = torch.lerp(new, state, gates[:, e:])
+            state = torch.lerp(new, state, gates[:, e:], out=self._keep("state", n, e))
             if seen is not None:
                 unit = F.linear(v, *self._embed)
-                seen.append(Seen(unit.amin(dim=0), unit.amax(dim=0), state))
-            apart, last = state - shared.h, step == len(reference) - 1
+                seen.append(Seen(unit.amin(dim=0), unit.amax(dim=0), state[:_SAMPLE].clone()))
+            torch.sub(state, shared.h, out=apart)
+            last = step == len(reference) - 1
             if exact:
                 after = (self._add_last_h if last else self._add_h)(apart, shared.after)
             elif shared.directions is None:
@@ -197,7 +203,8 @@ class Screen:
                 basis, offset, weight, limit = shared.directions
                 coordinates = torch.addmm(offset, state, basis)
                 torch.addmm(shared.after, coordinates, weight, out=after)
-                beside = apart.square().sum(dim=1) - coordinates.square().sum(dim=1)
+                squares = torch.mul(apart, apart, out=self._keep("squares", n, e))
+                beside = squares.sum(dim=1) - coordinates.square().sum(dim=1)
                 rows = (beside > limit).nonzero()[:, 0]
                 if len(rows) > 0:
                     after[rows] = torch.add(shared.after, apart[rows].bfloat16() @ shared.by_h)
@@ -210,9 +217,18 @@ class Screen:
         self, differences: Float[Tensor, "n i"], weight: Tensor, shared: Float[Tensor, " o"], out: Float[Tensor, "n o"]
     ) -> None:
         """Write shared + differences @ weight, multiplied in bfloat16, to `out`."""
-        product = self._product[: out.numel()].view(out.shape)
-        torch.mm(differences.bfloat16(), weight, out=product)
+        product = self._keep("product", *out.shape, dtype=torch.bfloat16)
+        torch.mm(self._keep("rough", *differences.shape, dtype=torch.bfloat16).copy_(differences), weight, out=product)
         out.copy_(product).add_(shared)
+
+    def _keep(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return memory of an earlier call: new blocks of this size cost page faults, often more than what is done in
+        them.
+        """
+        size = math.prod(shape)
+        if name not in self._kept or self._kept[name].numel() < size:
+            self._kept[name] = torch.empty(size, dtype=dtype)
+        return self._kept[name][:size].view(shape)
 
     def _trace(self, z: Float[Tensor, " d"], h: Float[Tensor, " e"], actions: Float[Tensor, "t a"]) -> list[Step]:
         """Imagine one trajectory in float32."""
@@ -275,9 +291,9 @@ class Screen:
             step = step._replace(directions=self._directions(step, seen.h))
         return step
 
-    def _directions(self, step: Step, h: Float[Tensor, "n e"]) -> Directions | None:
+    def _directions(self, step: Step, h: Float[Tensor, "r e"]) -> Directions | None:
         """Return the principal directions of these memories' differences; None if there are too many to pay."""
-        apart = (h - step.h)[:_SAMPLE]
+        apart = h - step.h
         powers, mixes = torch.linalg.eigh(apart @ apart.T)  # rising
         powers = powers.clamp(min=0.0)
         left_out = powers.cumsum(dim=0) <= _TAIL**2 * powers.sum()
