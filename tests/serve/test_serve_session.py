@@ -199,3 +199,37 @@ def test_recordings_get_new_names_and_only_plain_names_are_found(tmp_path: Path)
     for name in ("../secret.wlr", "", "none.wlr", str(first)):
         with pytest.raises(WorldlineError, match="no recording"):
             find_recording(tmp_path, name)
+
+
+def test_a_tap_right_before_an_action_acts_and_is_echoed_in_the_next_frame(checkpoint: Path, tmp_path: Path) -> None:
+    desk = Desk(checkpoint, tmp_path, fps=4.0)
+    try:
+        desk.more(2)
+        desk.session.post(protocol.Key(code="KeyD", down=True, time_ms=5.0))
+        desk.session.post(protocol.Key(code="KeyD", down=False, time_ms=6.0))
+        desk.session.post(protocol.Action(values=(0.0, -0.5), id=9))
+        acted = desk.event("answer")["frame"]
+        desk.more(2)
+    finally:
+        desk.session.stop()
+    frames = {frame.frame_id: frame for frame in desk.frames}
+    assert frames[acted].target == (0.5, 0.25)
+    assert np.isnan(frames[acted].input_time_ms)
+    assert frames[acted + 1].target == (1.0, 0.5)
+    assert (frames[acted + 1].input_time_ms, frames[acted + 1].input_frame) == (6.0, acted + 1)
+
+
+def test_more_actions_than_may_wait_are_refused_and_no_edge_is_lost(checkpoint: Path, tmp_path: Path) -> None:
+    desk = Desk(checkpoint, tmp_path)
+    try:
+        desk.more(1)
+        desk.session.post(protocol.Key(code="KeyD", down=True, time_ms=5.0))
+        for number in range(300):
+            desk.session.post(protocol.Action(values=(0.0, 0.0), id=number))
+        desk.wait(lambda: sum(event["t"] == "answer" for event in desk.events) == 300)
+        desk.wait(lambda: desk.frames[-1].target == (1.0, 0.5))
+    finally:
+        desk.session.stop()
+    answers = [event for event in desk.events if event["t"] == "answer"]
+    assert {event["id"] for event in answers} == set(range(300))
+    assert any(event["frame"] is None and "wait" in event["why"] for event in answers)

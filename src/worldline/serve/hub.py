@@ -26,6 +26,7 @@ MAX_EVENTS = 256
 RATE, BURST = 400.0, 800.0
 """Messages a second that a client may send in the long run, and at once."""
 
+_WATCHING = "You are watching: the page that came first plays."
 UNSUPPORTED, INVALID, POLICY = 1003, 1007, 1008
 """Close codes (RFC 6455): not text, not this protocol, too much."""
 
@@ -177,7 +178,9 @@ class Hub:
             client.tell({"t": "recordings", "files": files})
         elif client is not self.player:
             if not isinstance(message, protocol.Edge):
-                client.tell({"t": "note", "text": "You are watching: the page that came first plays."})
+                client.tell({"t": "note", "text": _WATCHING})
+                if (event := protocol.answer(message, None, _WATCHING)) is not None:
+                    client.tell(event)
         elif isinstance(message, protocol.Open):
             await self._open(client, message.name)
         elif isinstance(message, protocol.Verify):
@@ -234,7 +237,8 @@ class Hub:
 
     def _tell_all(self, event: dict[str, Any]) -> None:
         for client in self._clients:
-            client.tell(self._status_for(client, event) if event["t"] == "status" else event)
+            if event["t"] != "answer" or client is self.player:
+                client.tell(self._status_for(client, event) if event["t"] == "status" else event)
 
     def _crowd_changed(self) -> None:
         """Somebody came, left, hid or showed up: pause if the player cannot see, and tell everybody."""

@@ -24,7 +24,9 @@ MAX_UP_BYTES = 4096
 
 KEYS = frozenset({"ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "KeyA", "KeyD", "KeyW", "KeyS"})
 MAX_FPS = 240.0
+MAX_ACTION_DIM = 64
 _SEED_LIMIT = 2**31
+_ID_LIMIT = 2**53  # what a number of JavaScript holds
 
 _HEADER = struct.Struct("<2sBBHQ16sdQIIIIHHHfffff")
 _DROPPED = struct.Struct("<I")
@@ -206,8 +208,18 @@ class Blur:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Action:
+    """What to do in one frame, native units, whatever keys and pointer say."""
+
+    values: tuple[float, ...]
+    id: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reset:
     seed: int
+    id: int | None = None
+    """A message with an id is answered with the frame it acted in; see `answer`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +231,7 @@ class Pace:
 @dataclass(frozen=True, kw_only=True)
 class Record:
     on: bool
+    id: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +242,8 @@ class Truth:
 @dataclass(frozen=True, kw_only=True)
 class Anchor:
     """Correct the imagined state with the true world's frame."""
+
+    id: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +278,19 @@ class ListRecordings:
 
 
 Edge = Key | Pointer | Blur
-Message = Edge | Reset | Pace | Record | Truth | Anchor | Visible | Open | Verify | Live | ListRecordings
+Message = Edge | Action | Reset | Pace | Record | Truth | Anchor | Visible | Open | Verify | Live | ListRecordings
+
+
+def answer(message: Message, frame_id: int | None, why: str = "") -> dict[str, Any] | None:
+    """Return the event that answers a message with an id, None where it has none.
+
+    Args:
+        frame_id: the frame that it acted in; None says that it did not act.
+        why: why it did not.
+    """
+    if not isinstance(message, Action | Reset | Record | Anchor) or message.id is None:
+        return None
+    return {"t": "answer", "id": message.id, "frame": frame_id, "why": why}
 
 
 def parse(text: str) -> Message:
@@ -292,16 +319,18 @@ def parse(text: str) -> Message:
         )
     elif kind == "blur":
         message = Blur()
+    elif kind == "action":
+        message = Action(values=fields.numbers("values", MAX_ACTION_DIM), id=fields.integer("id", _ID_LIMIT))
     elif kind == "reset":
-        message = Reset(seed=fields.integer("seed", _SEED_LIMIT))
+        message = Reset(seed=fields.integer("seed", _SEED_LIMIT), id=fields.id())
     elif kind == "pace":
         message = Pace(fps=None if data.get("fps") is None else fields.number("fps", 0, MAX_FPS))
     elif kind == "record":
-        message = Record(on=fields.boolean("on"))
+        message = Record(on=fields.boolean("on"), id=fields.id())
     elif kind == "truth":
         message = Truth(on=fields.boolean("on"))
     elif kind == "anchor":
-        message = Anchor()
+        message = Anchor(id=fields.id())
     elif kind == "visible":
         message = Visible(on=fields.boolean("on"))
     elif kind == "open":
@@ -340,6 +369,18 @@ class _Fields:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
             raise ProtocolError(f"{name}: expected a whole number from 0 to {limit - 1}")
         return value
+
+    def id(self) -> int | None:
+        return self.integer("id", _ID_LIMIT) if "id" in self._data else None
+
+    def numbers(self, name: str, limit: int) -> tuple[float, ...]:
+        values = self._data.get(name)
+        if not isinstance(values, list) or len(values) > limit:
+            raise ProtocolError(f"{name}: expected a list of at most {limit} numbers")
+        # Written so that NaN and whole numbers beyond a float's range are refused too.
+        if any(isinstance(v, bool) or not isinstance(v, int | float) or not abs(v) <= 1e30 for v in values):
+            raise ProtocolError(f"{name}: expected finite numbers")
+        return tuple(float(value) for value in values)
 
     def name(self, name: str) -> str:
         value = self._data.get(name)

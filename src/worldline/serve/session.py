@@ -25,6 +25,8 @@ from worldline.serve.recordings import new_recording, newest_recording
 from worldline.serve.truth import TrueWorld, picture_error
 
 OUTER_STAGES = ("truth", "encode", "send")
+MAX_ACTIONS = 64
+"""Commands that may wait when an action arrives; each action takes a frame, and key edges must not be pushed out."""
 MAX_WAITING = 1024
 """Commands that may wait for the next frame; the oldest are dropped beyond that."""
 
@@ -44,7 +46,7 @@ class Play(NamedTuple):
 Wish = (
     protocol.Reset | protocol.Pace | protocol.Record | protocol.Truth | protocol.Anchor | protocol.Live | Pause | Play
 )
-Command = protocol.Edge | Wish
+Command = protocol.Edge | protocol.Action | Wish
 
 
 class Session:
@@ -78,6 +80,7 @@ class Session:
         self._seed, self._fps = seed, workload.fps if fps is None else fps
         self._publish, self._notify = publish, notify
         self._hands = Hands(self._spec)
+        self._given: protocol.Action | None = None  # the next frame's action, sent as such
         self._edge_ms, self._edge_frame = math.nan, 0
         self._commands: deque[Command] = deque(maxlen=MAX_WAITING)
         self._wake = threading.Event()
@@ -107,6 +110,9 @@ class Session:
 
     def post(self, command: Command) -> None:
         """Hand over a command; it acts at the beginning of the next frame."""
+        if isinstance(command, protocol.Action) and len(self._commands) >= MAX_ACTIONS:
+            self._answer(command, None, f"{MAX_ACTIONS} commands wait already; wait for their answers")
+            return
         self._commands.append(command)
         self._wake.set()
 
@@ -154,27 +160,60 @@ class Session:
             if self._replay is not None:
                 self._replay_one(self._replay)
                 return
-            action = self._hands.action()
+            action = self._action()
             frame = self._playing.step(action, begun_ns=begun, deadline_ns=deadline)
             self._show(frame, begun, Flag(0), lambda truth: truth.step(action))
+            if self._given is not None:
+                self._answer(self._given, frame.id)
         except WorldlineError as error:  # such as a full disk, which ends the recording and not the session
             self._tell(str(error))
             self._notify(self.status())
+            if self._given is not None:
+                self._answer(self._given, None, str(error))
+        finally:
+            self._given = None
 
     def _obey(self) -> bool:
-        """Do what was asked since the last frame; return whether that made a frame."""
+        """Do what was asked since the last frame; return whether that made a frame.
+
+        What comes after an action waits for the next frame: every action has a frame of its own.
+        """
         made = False
-        while self._commands and not made:
+        while self._commands and not made and self._given is None:
             command = self._commands.popleft()
             if isinstance(command, protocol.Edge):
                 self._hands.apply(command)
                 continue
+            why = ""
             try:
+                if isinstance(command, protocol.Action):
+                    self._take(command)
+                    continue
                 made = self._arrange(command)
             except WorldlineError as error:
-                self._tell(str(error))
-            self._notify(self.status())
+                self._tell(why := str(error))
+            if not isinstance(command, protocol.Action):
+                self._notify(self.status())
+            self._answer(command, None if why else self._playing.id, why)
         return made
+
+    def _take(self, command: protocol.Action) -> None:
+        """Keep a given action for the next frame."""
+        low, high = np.array((self._spec.action_low, self._spec.action_high), dtype=np.float32)
+        values = np.array(command.values, dtype=np.float32)
+        if self._replay is not None or self._paused:
+            raise WorldlineError("an action needs a live session: leave the replay, or show the player's page")
+        if values.shape != low.shape or (values < low).any() or (values > high).any():
+            raise WorldlineError(f"expected an action from {low.tolist()} to {high.tolist()}, got {values.tolist()}")
+        self._given = command
+
+    def _action(self) -> Float32[np.ndarray, " a"]:
+        """Return the next frame's action: the given one, which the hands then go on from, or the hands' own."""
+        if self._given is None:
+            return self._hands.action()
+        action = np.array(self._given.values, dtype=np.float32)
+        self._hands.begin(action)
+        return action
 
     def _arrange(self, command: Wish) -> bool:
         """Fulfil a wish; return whether that made a frame."""
@@ -235,15 +274,16 @@ class Session:
 
     def _anchor(self) -> bool:
         if self._true_picture is None or self._replay is not None:
-            self._tell("Re-anchoring needs the true world beside the imagined one.")
-            return False
+            raise WorldlineError("Re-anchoring needs the true world beside the imagined one.")
         begun = time.perf_counter_ns()
         frame = self._playing.anchor(self._true_picture)
         self._show(frame, begun, Flag.ANCHORED, None)
         return True
 
     def _record(self, on: bool) -> None:
-        if on and self.engine.recording is None and self._replay is None:
+        if on and self._replay is not None:
+            raise WorldlineError("A replay cannot be recorded; leave it first.")
+        if on and self.engine.recording is None:
             self.engine.start_recording(new_recording(self.recordings, self._spec.name))
             self._record_first = self.engine.id
         elif not on and (path := self.engine.recording) is not None:
@@ -323,7 +363,8 @@ class Session:
         ledger.extend(frame.id, "send", packed, clock())
 
     def _message(self, frame: Frame, begun: int, flags: Flag, error: float) -> protocol.FrameMessage:
-        if not math.isnan(edge := self._hands.edge_ms) and edge != self._edge_ms:
+        # A given action has the frame to itself: an edge that came before it acts in the next one.
+        if self._given is None and not math.isnan(edge := self._hands.edge_ms) and edge != self._edge_ms:
             self._edge_ms, self._edge_frame = edge, frame.id
         before = self._playing.ledger.row(frame.id - 1)
         if before is not None and 0 < before.deadline_ns < before.end_ns:
@@ -356,6 +397,10 @@ class Session:
             picture=frame.picture,
             truth=self._true_picture,
         )
+
+    def _answer(self, command: Command, frame_id: int | None, why: str = "") -> None:
+        if not isinstance(command, Pause | Play) and (event := protocol.answer(command, frame_id, why)) is not None:
+            self._notify(event)
 
     def _tell(self, text: str) -> None:
         self._notify({"t": "note", "text": text})

@@ -22,7 +22,7 @@ let hello = null; // what this world is
 let status = null; // what the session is doing
 const waiting = []; // frames to paint, one a refresh
 let painted = null;
-let lastInput = NaN;
+const sentTimes = new Set(); // of edges that no painted frame has shown yet
 let behindUntil = 0;
 let differs = null;
 let verifying = null;
@@ -61,7 +61,7 @@ const handlers = {
   hello(event) {
     hello = event;
     differs = verifying = null;
-    lastInput = NaN;
+    sentTimes.clear();
     waiting.length = 0;
     painted = null;
     ledger.begin(event.stages);
@@ -281,8 +281,11 @@ function paint(now) {
   stage.show(frame, { difference: $("diff-on").checked, pointer: input.pointer });
   const time = performance.now();
   let latency = NaN;
-  if (Number.isFinite(frame.inputTime) && frame.inputTime !== lastInput) {
-    lastInput = frame.inputTime;
+  if (sentTimes.has(frame.inputTime)) { // other pages have other clocks
+    for (const sent of sentTimes) { // in the order sent: what came before has acted too
+      sentTimes.delete(sent);
+      if (sent === frame.inputTime) break;
+    }
     latency = time - frame.inputTime;
     presses.add(latency);
   }
@@ -314,7 +317,12 @@ const anchor = () => {
 };
 const help = () => ($("help").open ? $("help").close() : $("help").showModal());
 
-const input = new Input($("imagined"), (message) => status?.player && socket.send(message), {
+const act = (edge) => {
+  if (!status?.player) return;
+  if (edge.time) sentTimes.add(edge.time);
+  socket.send(edge);
+};
+const input = new Input($("imagined"), act, {
   r: reset,
   x: anchor,
   o: toggleRecording,
