@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_PORT = 8765
-BENCHMARKS = ("engine", "plan", "play", "train")
+BENCHMARKS = ("engine", "micro", "plan", "play", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +245,14 @@ def _soak(config: Any, flags: set[str]) -> int:
 
 def _bench_plan(config: Any, flags: set[str]) -> int:
     from worldline.bench.plan import run
+
+    started = time.monotonic()
+    wrote(run(config).parent, started)
+    return 0
+
+
+def _bench_micro(config: Any, flags: set[str]) -> int:
+    from worldline.bench.micro import run
 
     started = time.monotonic()
     wrote(run(config).parent, started)
@@ -510,7 +518,7 @@ COMMANDS: dict[str, Command] = {
             summary="timings of this machine, with what they mean, written to reports/",
             about="""
             Without a NAME every benchmark runs with its defaults. Each writes result.json and report.md into
-            reports/DATE-NAME. The names: engine, plan, play, train.
+            reports/DATE-NAME. The names: engine, micro, plan, play, train.
             """,
             examples=(
                 ("worldline bench", "all of them"),
@@ -530,6 +538,18 @@ COMMANDS: dict[str, Command] = {
             examples=(("worldline bench engine checkpoint=runs/pusht-tiny", "with a world of your own"),),
             run=_bench_engine,
             config="worldline.bench.engine:EngineBenchConfig",
+        ),
+        Command(
+            name="bench micro",
+            summary="the machine itself: products, copies, element-wise work, what a call costs; a roofline",
+            about="""
+            Times small pieces of work whose bytes and operations are declared, each beside what was expected of it
+            before it was ever run, and places them under ceilings that the same run measured. On a CUDA device also
+            host-device copies, synchronisation and a graph.
+            """,
+            examples=(("worldline bench micro publish=docs/phases", "and the written answers made from it"),),
+            run=_bench_micro,
+            config="worldline.bench.micro:MicroConfig",
         ),
         Command(
             name="bench plan",
