@@ -434,6 +434,7 @@ COMMANDS: dict[str, Command] = {
             examples=(
                 ("worldline play", "the shipped world"),
                 ("worldline play runs/pusht-tiny fps=60", "your own, faster than real time"),
+                ("worldline play sessions=8", "eight sessions on one model; each page plays its own"),
                 ("worldline play host=0.0.0.0", "reachable from other machines, by a token in the address"),
             ),
             run=_play,

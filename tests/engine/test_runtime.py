@@ -261,7 +261,7 @@ class FakeTime:
 def test_pace_keeps_absolute_deadlines(fps: float, works: list[float], oversleep_ns: int) -> None:
     """Whatever each frame takes, slots lie at origin + k / fps, none begins early, late ones are skipped, not burst."""
     time = FakeTime(oversleep_ns)
-    pace = Pace(fps, time.clock, time.sleep)
+    pace = Pace(fps, clock=time.clock, sleep=time.sleep)
     period = 1e9 / fps
     origin = None
     previous, skipped = -1, 0
@@ -300,3 +300,17 @@ def test_the_ledger_of_a_recording_lies_beside_it(tmp_path: Path) -> None:
     assert [row.id for row in ledger.rows()] == list(range(6, 13))
     assert info["recording"] == "a.wlr"
     assert info["fingerprint"] == engine.fingerprint
+
+
+def test_aligned_paces_are_due_at_once_whenever_they_began() -> None:
+    time = FakeTime(0)
+    due = []
+    for started in (123_456_789, 987_654_321, 5_555_555_555):
+        time.now = started
+        pace = Pace(24.0, aligned=True, clock=time.clock, sleep=time.sleep)
+        due.append([pace.wait().due_ns for _ in range(200)])
+        assert started <= due[-1][0] < started + 1e9 / 24 + 1
+    for dues in due[1:]:
+        common = [(a, b) for a in due[0] for b in dues if abs(a - b) < 1e6]
+        assert len(common) > 50
+        assert all(abs(a - b) <= 2 for a, b in common)

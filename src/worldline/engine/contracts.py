@@ -100,7 +100,7 @@ class Contracts:
         waited = (time.perf_counter_ns() - began - time.thread_time_ns() + worked) / 1e6
         gave_away = _switches() > switches and waited > _WAIT_MS
         self._waits[stage.name] = self._waits.get(stage.name, 0) + 1 if gave_away else 0
-        if self._waits[stage.name] == _GENERATIONS:
+        if self._waits[stage.name] == _GENERATIONS and not stage.waits:
             what = f"it gave the processor away for {waited:.1f} ms, as in the audits before: a sleep, a lock or a disk"
             self._note("wait", frame, stage.name, "by the clock", what)
         for operation, site, storage in audit.made:

@@ -25,11 +25,16 @@ class Pace:
 
     A frame that comes late within its slot starts at once. Slots that have passed entirely are skipped and counted;
     they are not caught up in a burst.
+
+    Args:
+        aligned: slots begin where those of every other aligned pace of this clock and rate do, so that sessions have
+            their frames at once.
     """
 
     def __init__(
         self,
         fps: float,
+        aligned: bool = False,
         clock: Callable[[], int] = time.perf_counter_ns,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -38,11 +43,14 @@ class Pace:
         self.fps = fps
         self.skipped = 0
         self._clock, self._sleep = clock, sleep
-        self._origin, self._next = clock(), 0
+        self._aligned = aligned
+        self.restart()
 
     def restart(self) -> None:
-        """Begin slot 0 now, as after a pause; nothing counts as skipped."""
+        """Begin slot 0 now (aligned: at the next common moment), as after a pause; nothing counts as skipped."""
         self._origin, self._next = self._clock(), 0
+        if self._aligned:
+            self._origin = round(-(-self._origin * self.fps // 1e9) * 1e9 / self.fps)
 
     def wait(self) -> Tick:
         """Wait for the next slot and return it."""

@@ -25,7 +25,7 @@ class Stage(NamedTuple):
     allocates: bool = True
     """It may make new tensors, as long as it lets them go. A captured stage promises that it makes none."""
     waits: bool = False
-    """It may wait for the device."""
+    """It may wait, for the device or for others."""
 
 
 class Workload(Protocol):

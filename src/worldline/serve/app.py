@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hmac
 import ipaddress
@@ -48,6 +49,7 @@ _HEADERS = {
 _TITLES = {
     "input": "keys and pointer become an action",
     "event": "a reset or a re-anchor in place of a step",
+    "gather": "waiting for the sessions that step together with this one",
     "step": "the model imagines one step ahead, in latents",
     "gauge": "how far the latent is from those seen in training",
     "cycle": "the picture is encoded again, to see how far it lands from its latent",
@@ -75,6 +77,8 @@ class PlayConfig:
     """Frames per second; None is the world's real time, 0 is no limit."""
     seed: int = 0
     """Of the first start; each seed is another one."""
+    sessions: int = 1
+    """Sessions that are played side by side; a page joins the first without a player, or ?session=K, from 0 on."""
     recordings: str = "recordings"
     """Folder of replay files."""
     open_browser: bool = False
@@ -89,6 +93,8 @@ class PlayConfig:
             raise WorldlineError(
                 f"fps: expected 1 to {MAX_FPS:g}, 0 for no limit or null for real time, got {self.fps}"
             )
+        if not 1 <= self.sessions <= 64:
+            raise WorldlineError(f"sessions: expected 1 to 64, got {self.sessions}")
         if not 0 <= self.seed < 2**31:
             raise WorldlineError(f"seed: expected 0 to 2147483647, got {self.seed}")
 
@@ -106,7 +112,7 @@ def serve(config: PlayConfig) -> None:
         token = config.token or ("" if local else secrets.token_urlsafe(16))
         url = f"http://{_for_url('127.0.0.1' if config.host == 'localhost' else config.host)}:{port}/"
         url += f"?token={token}" if token else ""
-        hub, session, name = _open(config)
+        hubs, sessions, name = _open(config)
 
         def ready() -> None:
             print(f"worldline plays {name}: {url}", flush=True)
@@ -117,7 +123,7 @@ def serve(config: PlayConfig) -> None:
             if config.open_browser:
                 webbrowser.open(url)
 
-        app = make_app(hub, session, local=local, token=token, ready=ready)
+        app = make_app(hubs, sessions, local=local, token=token, ready=ready)
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -134,28 +140,35 @@ def serve(config: PlayConfig) -> None:
             server.run(sockets=[listener])
         except KeyboardInterrupt:
             print("ended", flush=True)
-    if session.failure is not None:
-        raise session.failure
+    for session in sessions:
+        if session.failure is not None:
+            raise session.failure
 
 
 def make_app(
-    hub: Hub, session: Session, *, local: bool, token: str = "", ready: Callable[[], None] = lambda: None
+    hubs: list[Hub],
+    sessions: list[Session],
+    *,
+    local: bool,
+    token: str = "",
+    ready: Callable[[], None] = lambda: None,
 ) -> Starlette:
-    """Return the application: the page, its files, recordings to download, and the WebSocket."""
+    """Return the application: the page, its files, recordings to download, and the WebSocket of every session."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        hub.start(session)
+        for hub, session in zip(hubs, sessions, strict=True):
+            hub.start(session)
         ready()
         yield
-        await hub.stop()
+        await asyncio.gather(*(hub.stop() for hub in hubs))
 
     async def page(request: Request) -> Response:
         return FileResponse(STATIC / "index.html")
 
     async def recording(request: Request) -> Response:
         try:
-            path = find_recording(session.recordings, request.path_params["name"])
+            path = find_recording(sessions[0].recordings, request.path_params["name"])
         except WorldlineError as error:
             return PlainTextResponse(str(error), status_code=404)
         return FileResponse(path, media_type="application/octet-stream", filename=path.name)
@@ -165,7 +178,12 @@ def make_app(
         if not _own_origin(websocket):
             await websocket.close(POLICY, "open the page of this server; other origins are refused")
             return
-        await hub.attend(websocket)
+        wish = websocket.query_params.get("session")
+        if wish is not None and wish not in map(str, range(len(hubs))):
+            await websocket.close(POLICY, f"session: expected 0 to {len(hubs) - 1}")
+            return
+        free = (hub for hub in hubs if hub.player is None)
+        await (hubs[int(wish)] if wish else next(free, hubs[0])).attend(websocket)
 
     return Starlette(
         routes=[
@@ -212,44 +230,54 @@ class Guard:
         return None
 
 
-def _open(config: PlayConfig) -> tuple[Hub, Session, str]:
-    """Load the world and put its session together."""
+def _open(config: PlayConfig) -> tuple[list[Hub], list[Session], str]:
+    """Load the world and put its sessions together."""
     checkpoint = config.checkpoint
     if not checkpoint:
         names = shipped_worlds()
         if not names:
             raise WorldlineError("no world is shipped with this version; name a checkpoint: worldline play CHECKPOINT")
         checkpoint = names[0]
-    workload = LatentWorkload.open(checkpoint)
-    spec = workload.world.spec
-    truth, why = find_true_world(spec, workload.starts)
+    if config.sessions == 1:
+        workloads = [LatentWorkload.open(checkpoint)]
+    else:
+        workloads = LatentWorkload.open_company(checkpoint, config.sessions)
+    spec = workloads[0].world.spec
     name = (
         f"{spec.name}-{Path(checkpoint).name}" if Path(checkpoint).name in ("best", "last") else Path(checkpoint).name
     )
-    hello: dict[str, Any] = {
-        "t": "hello",
-        "world": spec.name,
-        "model": name,
-        "device": "cpu",
-        "dtype": "float32",
-        "fps": workload.fps,
-        "control": spec.control,
-        "can_anchor": True,
-        "horizon_seconds": _horizon(checkpoint),
-    }
-    hub = Hub(checkpoint, hello, {"available": truth is not None, "why": why})
-    session = Session(
-        workload,
-        truth=truth,
-        recordings=Path(config.recordings),
-        seed=config.seed,
-        fps=config.fps,
-        publish=hub.publish,
-        notify=hub.notify,
-    )
-    hello["stages"] = [{"name": stage, "title": _TITLES.get(stage, "")} for stage in session.stages]
-    hello["snapshot_every"] = session.engine.snapshot_every
-    return hub, session, name
+    hubs, sessions = [], []
+    for number, workload in enumerate(workloads):
+        truth, why = find_true_world(spec, workload.starts)
+        hello: dict[str, Any] = {
+            "t": "hello",
+            "world": spec.name,
+            "model": name,
+            "device": "cpu",
+            "dtype": "float32",
+            "fps": workload.fps,
+            "control": spec.control,
+            "can_anchor": True,
+            "horizon_seconds": _horizon(checkpoint),
+            "session": number,
+            "sessions": config.sessions,
+        }
+        hub = Hub(checkpoint, hello, {"available": truth is not None, "why": why})
+        session = Session(
+            workload,
+            truth=truth,
+            recordings=Path(config.recordings),
+            seed=config.seed,
+            fps=config.fps,
+            label=f"-s{number}" if config.sessions > 1 else "",
+            publish=hub.publish,
+            notify=hub.notify,
+        )
+        hello["stages"] = [{"name": stage, "title": _TITLES.get(stage, "")} for stage in session.stages]
+        hello["snapshot_every"] = session.engine.snapshot_every
+        hubs.append(hub)
+        sessions.append(session)
+    return hubs, sessions, name
 
 
 def _horizon(checkpoint: str) -> float | None:

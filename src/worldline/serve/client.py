@@ -39,14 +39,19 @@ class AsyncClient:
     Args:
         address: as the server printed it, with its token where there is one.
         token: of an address without one.
+        session: which of the server's sessions; None takes the first without a player.
         timeout_seconds: how long the server may take for its greeting, a frame or an answer.
     """
 
-    def __init__(self, address: str, *, token: str = "", timeout_seconds: float = 20.0) -> None:
+    def __init__(
+        self, address: str, *, token: str = "", session: int | None = None, timeout_seconds: float = 20.0
+    ) -> None:
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise WorldlineError(f"expected an address such as http://127.0.0.1:8765/, got {address!r}")
-        query = urlencode({"token": token}) if token else parts.query
+        given = {"token": token} if token else {}
+        wish = {} if session is None else {"session": session}
+        query = "&".join(filter(None, ("" if token else parts.query, urlencode({**given, **wish}))))
         self.hello: dict[str, Any] = {}
         """What the server says of its world: `world`, `fps`, `control`, `stages` (the names of `spans_us`), ..."""
         self.skipped = 0
@@ -234,9 +239,12 @@ class Client:
     Connects at once. The connection is read in a thread of its own.
     """
 
-    def __init__(self, address: str, *, token: str = "", timeout_seconds: float = 20.0) -> None:
+    def __init__(
+        self, address: str, *, token: str = "", session: int | None = None, timeout_seconds: float = 20.0
+    ) -> None:
         async def opened() -> AsyncClient:  # in the loop's thread, where its events belong
-            return await AsyncClient(address, token=token, timeout_seconds=timeout_seconds).__aenter__()
+            client = AsyncClient(address, token=token, session=session, timeout_seconds=timeout_seconds)
+            return await client.__aenter__()
 
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)

@@ -53,6 +53,7 @@ class Session:
     """One world, played by one person, seen by any number.
 
     Args:
+        label: of one of several sessions: goes into the names of its recordings, and its frames are due with theirs.
         publish: receives every packed frame, in the session's thread; it must not block.
         notify: receives events for the pages (JSON objects), in the session's thread; it must not block.
     """
@@ -65,6 +66,7 @@ class Session:
         recordings: Path,
         seed: int = 0,
         fps: float | None = None,
+        label: str = "",
         publish: Callable[[bytearray], None],
         notify: Callable[[dict[str, Any]], None],
     ) -> None:
@@ -77,6 +79,7 @@ class Session:
         self._truth = truth
         self._truth_on = truth is not None
         self._true_picture: UInt8[np.ndarray, "h w 3"] | None = None
+        self._label = label
         self._seed, self._fps = seed, workload.fps if fps is None else fps
         self._publish, self._notify = publish, notify
         self._hands = Hands(self._spec)
@@ -251,7 +254,7 @@ class Session:
             raise WorldlineError(
                 f"the pace is 1 to {protocol.MAX_FPS:g} frames a second, or 0 for no limit, got {fps:g}"
             )
-        self._fps, self._pace, self._missed = fps, Pace(fps) if fps else None, 0
+        self._fps, self._pace, self._missed = fps, Pace(fps, aligned=bool(self._label)) if fps else None, 0
 
     def _reset(self, seed: int) -> bool:
         begun = time.perf_counter_ns()
@@ -284,7 +287,7 @@ class Session:
         if on and self._replay is not None:
             raise WorldlineError("A replay cannot be recorded; leave it first.")
         if on and self.engine.recording is None:
-            self.engine.start_recording(new_recording(self.recordings, self._spec.name))
+            self.engine.start_recording(new_recording(self.recordings, self._spec.name + self._label))
             self._record_first = self.engine.id
         elif not on and (path := self.engine.recording) is not None:
             frames = self.engine.stop_recording()
@@ -297,6 +300,14 @@ class Session:
         if self._playing.layout != recording.header.layout:
             self._playing = self.engine
             self._tell(f"{recording.path.name} was recorded with another kind of world; open it with that checkpoint.")
+            return
+        theirs, ours = (made.get("slot", "") for made in (recording.header.fingerprint, self.engine.fingerprint))
+        if theirs != ours:
+            self._playing = self.engine
+            self._tell(
+                f"{recording.path.name} was recorded in {f'slot {theirs}' if theirs else 'a session by itself'}, whose "
+                "last bits are others than this session's; worldline replay FILE --verify plays it there."
+            )
             return
         self._true_picture = None
         self._replay, self._replay_name = recording.records(), recording.path.name

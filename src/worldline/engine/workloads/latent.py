@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from worldline.core.types import WorldSpec
 from worldline.data.simulators import Observation, Simulator, make_simulator
 from worldline.engine.recording import Recording
 from worldline.engine.workload import Stage
+from worldline.engine.workloads.company import Company
 from worldline.engine.workloads.static_world import StaticWorld, unsupported
 from worldline.model.checkpoint import find_world, load_world, weights_sha256
 from worldline.model.world import State, World
@@ -137,6 +139,8 @@ class LatentWorkload:
     An action beyond the spec's range is clipped to it, as the simulator clips it. The gauge reads `region` (the
     latent's radius) and, unless `cycle` is off, `cycle` (what is lost by drawing it and looking again, which costs an
     encoding a frame); both are relative to the 99% quantile over real frames. A world without a fitted gauge has none.
+
+    With a `seat`, a slot of a company, steps are taken together with the other sessions'; see `company.py`.
     """
 
     def __init__(
@@ -147,6 +151,7 @@ class LatentWorkload:
         threads: int = 1,
         cycle: bool = True,
         mode: Mode = "auto",
+        seat: tuple[Company, int] | None = None,
     ) -> None:
         self.world, self.starts, self.name, self.threads = world, starts, name, threads
         spec, size = world.spec, world.config.image_size
@@ -162,6 +167,7 @@ class LatentWorkload:
         self.gauge_names: tuple[str, ...] = (("region",) if world.gauge.fitted else ()) + (("cycle",) if cycle else ())
         self.gauge = np.zeros(len(self.gauge_names), dtype=np.float32)
         self.mode = mode if mode != "auto" else "eager" if unsupported(world) else "graph"
+        self._seat = seat
         self._low, self._high = torch.tensor(spec.action_low), torch.tensor(spec.action_high)
         self._action = torch.from_numpy(self.action)[None]
         self._frame = torch.from_numpy(self.frame)
@@ -171,6 +177,8 @@ class LatentWorkload:
             self._z, self._memory = self._static.z, (self._static.h,)
             self._readings = self._static.readings.numpy()
             runs = self._static.run["step"], self._static.run["decode"], self._static_region, self._static_cycle
+            if seat is not None:
+                seat[0].sit(seat[1], self._action, self._z, self._memory[0])
         else:
             state = self._begin(0)
             self._z = torch.zeros_like(state.z)
@@ -180,6 +188,14 @@ class LatentWorkload:
         stages = zip(("step", "decode", "gauge", "cycle"), runs, writes, strict=True)
         allocates = self._static is None
         self.stages = tuple(Stage(*stage, allocates) for stage in stages)[: 2 + len(self.gauge_names)]
+        self._drawing = self.stages[1:]
+        if seat is not None:
+            company, slot = seat
+            together = (
+                Stage("gather", lambda: company.gather(slot), allocates=False, waits=True),
+                Stage("step", lambda: company.step(slot), tuple(self.state()), allocates=False, waits=True),
+            )
+            self.stages = (*together, *self._drawing)
 
     @classmethod
     def open(cls, path_or_name: str | Path, mode: Mode = "auto") -> LatentWorkload:
@@ -193,6 +209,18 @@ class LatentWorkload:
         return cls(world, load_starts(directory, world.spec), name=str(path_or_name), mode=mode)
 
     @classmethod
+    def open_company(cls, path_or_name: str | Path, slots: int) -> list[LatentWorkload]:
+        """Open a checkpoint for several sessions that step together; each workload wants a thread of its own.
+
+        Raises:
+            WorldlineError: no such checkpoint, it has no starts, or its world has no graph.
+        """
+        directory = find_world(path_or_name)
+        world = load_world(directory)
+        starts, company = load_starts(directory, world.spec), Company(world, slots)
+        return [cls(world, starts, name=str(path_or_name), mode="graph", seat=(company, k)) for k in range(slots)]
+
+    @classmethod
     def open_for(cls, recording: Recording, path_or_name: str | Path | None = None) -> LatentWorkload:
         """Open what a recording was made with, in its mode; another place of the checkpoint may be given.
 
@@ -200,8 +228,13 @@ class LatentWorkload:
             WorldlineError: as `open`.
         """
         made = recording.header.fingerprint
+        place = path_or_name or made.get("checkpoint", "")
+        if seat := re.fullmatch(r"(\d{1,3}) of (\d{1,3})", made.get("slot", "")):
+            slot, slots = map(int, seat.groups())
+            if slots > 1 and slot < slots:
+                return cls.open_company(place, slots)[slot]
         mode: Mode = "graph" if made.get("mode") == "graph" else "eager"
-        return cls.open(path_or_name or made.get("checkpoint", ""), mode)
+        return cls.open(place, mode)
 
     def reset(self, seed: int, prompt: str = "") -> None:
         if prompt:
@@ -235,6 +268,7 @@ class LatentWorkload:
             "dtype": "float32",
             "mode": self.mode,
             "threads": str(self.threads),
+            **({} if self._seat is None else {"slot": f"{self._seat[1]} of {self._seat[0].slots}"}),
             "torch": torch.__version__,
             "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
             "system": os.uname().sysname if hasattr(os, "uname") else platform.system(),
@@ -250,7 +284,7 @@ class LatentWorkload:
         self._z.copy_(state.z)
         for part, value in zip(self._memory, state.memory, strict=True):
             part.copy_(value)
-        for stage in self.stages[1:]:
+        for stage in self._drawing:
             stage.run()
 
     def _step(self) -> None:

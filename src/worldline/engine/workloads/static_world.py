@@ -1,11 +1,11 @@
-"""A world of convolutions and a GRU as a program over static memory: batch 1, float32, one CPU.
+"""A world of convolutions and a GRU as a program over static memory: batch 1 (a step: any), float32, one CPU.
 
 The arithmetic is the world's own in another order of sums, so pictures and latents differ from the eager ones by
 rounding: batch norms are folded into the convolutions before them; a convolution is a product of patches; and three by
 three over a picture that was doubled by repeating pixels is, for each of the four places in a doubled pixel, two by
 two over the picture before, which is four ninths of the work.
 
-Shape legend: h, w grid, c channels, e width of the GRU, d latent, a action.
+Shape legend: b batch, h, w grid, c channels, e width of the GRU, d latent, a action.
 """
 
 from __future__ import annotations
@@ -38,10 +38,7 @@ class StaticWorld:
     """
 
     def __init__(self, world: World, action: Float[Tensor, "1 a"], frame: Tensor) -> None:
-        if reason := unsupported(world):
-            raise WorldlineError(
-                f"mode=graph on a CPU plays worlds of convolutions and a GRU, {reason}; give mode=eager"
-            )
+        refuse_unsupported(world)
         with torch.no_grad():
             tape = Tape()
             d, e = world.config.latent_dim, world.config.hidden
@@ -50,7 +47,7 @@ class StaticWorld:
             z = va.view(lambda t: t[:, :d])
             seen = tape.slot("seen latent", 1, d, keep=True)
             tape.stage = "step"
-            _note_step(tape, world, action, va, hx)
+            note_step(tape, world, action, va, hx)
             tape.stage = "decode"
             _note_decode(tape, world, z, frame)
             stages = ["step", "decode"]
@@ -90,8 +87,15 @@ def unsupported(world: World) -> str:
     return ""
 
 
-def _note_step(tape: Tape, world: World, action: Tensor, va: Slot, hx: Slot) -> None:
-    predictor, d = world.predictor, world.config.latent_dim
+def refuse_unsupported(world: World) -> None:
+    """Raise WorldlineError, with the way out, for a world that cannot be made static."""
+    if reason := unsupported(world):
+        raise WorldlineError(f"mode=graph on a CPU plays worlds of convolutions and a GRU, {reason}; give mode=eager")
+
+
+def note_step(tape: Tape, world: World, action: Float[Tensor, "b a"], va: Slot, hx: Slot) -> None:
+    """Note down a step of `b` rows: `action` and the latents in `va` (b, d + a), memories in `hx` (b, 2e)."""
+    predictor, b, d = world.predictor, len(action), world.config.latent_dim
     assert isinstance(predictor, GRUPredictor)
     cell, e = predictor.cell, predictor.cell.hidden_size
     z, a = va.view(lambda t: t[:, :d]), va.view(lambda t: t[:, d:])
@@ -102,7 +106,7 @@ def _note_step(tape: Tape, world: World, action: Tensor, va: Slot, hx: Slot) -> 
     tape.call(torch.div, a, world.action_std, out=a)
     _note_linear(tape, predictor.embed[0], va, x)
     tape.call(torch.relu_, x)
-    by_x, by_h = tape.slot("GRU sums of the input", 1, 3 * e), tape.slot("GRU sums of the memory", 1, 3 * e)
+    by_x, by_h = tape.slot("GRU sums of the input", b, 3 * e), tape.slot("GRU sums of the memory", b, 3 * e)
     tape.call(torch.addmm, cell.bias_ih.detach(), x, _transposed(cell.weight_ih), out=by_x)
     tape.call(torch.addmm, cell.bias_hh.detach(), h, _transposed(cell.weight_hh), out=by_h)
     gates = by_x.view(lambda t: t[:, : 2 * e])
@@ -113,7 +117,7 @@ def _note_step(tape: Tape, world: World, action: Tensor, va: Slot, hx: Slot) -> 
     tape.call(torch.addcmul, new, reset, by_h.view(lambda t: t[:, 2 * e :]), out=new)
     tape.call(torch.tanh, new, out=new)
     tape.call(torch.lerp, new, h, update, out=h)
-    out = tape.slot("hidden of the change", 1, e)
+    out = tape.slot("hidden of the change", b, e)
     _note_linear(tape, predictor.out[0], hx, out)
     tape.call(torch.relu_, out)
     last = predictor.out[2]
@@ -121,7 +125,7 @@ def _note_step(tape: Tape, world: World, action: Tensor, va: Slot, hx: Slot) -> 
     tape.call(torch.addmm, z, out, _transposed(last.weight), out=z)
     tape.call(torch.add, z, last.bias.detach(), out=z)
     if world.config.projection == "normalise":
-        length = tape.slot("length", 1, 1)
+        length = tape.slot("length", b, 1)
         tape.call(torch.linalg.vector_norm, z, dim=-1, keepdim=True, out=length)
         tape.call(torch.clamp, length, 1e-12, out=length)
         tape.call(torch.div, z, length, out=z)

@@ -171,7 +171,7 @@ function refresh() {
   }
   const { player, recording, truth, replay } = status;
   const pace = status.fps === 0 ? "max" : `${(status.fps / hello.fps).toFixed(1)}x`;
-  set("about", [hello.model, hello.device, hello.dtype, `seed ${status.seed}`, pace, ...(status.viewers > 1 ? [`${status.viewers} pages`] : [])].join(" · "));
+  set("about", [hello.model, ...(hello.sessions > 1 ? [`session ${hello.session} of ${hello.sessions}`] : []), hello.device, hello.dtype, `seed ${status.seed}`, pace, ...(status.viewers > 1 ? [`${status.viewers} pages`] : [])].join(" · "));
   if (document.activeElement !== $("pace")) $("pace").value = String(status.fps);
   for (const id of ["record", "pace", "seed", "truth-on", "open", "verify"]) $(id).disabled = !player;
   $("reset-form").querySelector("button").disabled = !player;
