@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from worldline.bench.play import BARS, _per_second, _report
+from worldline.bench.play import BARS, _kept, _made_per_second, _per_second, _report
 
 RESULT: dict[str, Any] = {
     "checkpoint": "rooms",
@@ -20,6 +20,14 @@ KEPT = {name: limit for name, (_, limit) in BARS.items()}  # a value at its bar 
 def test_ids_are_counted_once_a_second_and_the_torn_last_second_is_left_out() -> None:
     rows: list[dict[str, float | None]] = [{"time": 500.0 + 10 * i, "id": float(i // 2)} for i in range(250)]
     assert _per_second(rows).tolist() == [50.0, 50.0]
+
+
+def test_deadlines_and_frames_are_counted_by_what_the_engine_says_not_by_what_came() -> None:
+    came = [
+        {"time": 10.0 * i, "id": 100.0 + 3 * i, "missed": float(7 + i // 50)} for i in range(201)
+    ]  # each third frame
+    assert _kept(came) == pytest.approx(1 - 4 / 600)
+    assert _made_per_second(came) == pytest.approx(300.0)
 
 
 def test_a_report_says_which_bars_are_kept() -> None:

@@ -263,6 +263,7 @@ class Session:
         self._hands.begin(self._first_action(seed))
         self._show(frame, begun, Flag.FIRST, lambda truth: truth.begin(seed))
         if self._pace:
+            self._pace.skipped = 0
             self._pace.restart()  # leading the simulator to its start takes longer than a slot
         return True
 
@@ -399,7 +400,7 @@ class Session:
             period_us=min(period // 1000, 2**32 - 1),
             unattributed_us=0 if before is None else max(0, before.unattributed_ns) // 1000,
             dropped=0,
-            missed=self._missed,
+            missed=self._missed + (self._pace.skipped if self._pace else 0),
             spans_us=tuple(0 if before is None else before.spans[name] // 1000 for name in self.stages),
             radius=region,
             cycle=frame.gauge.get("cycle", math.nan),

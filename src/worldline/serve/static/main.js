@@ -43,7 +43,7 @@ const socket = new Socket({
     stage.follow(frame.target, frame.flags & FLAG.first);
     waiting.push(frame);
     if (waiting.length > MAX_WAITING) waiting.shift();
-    document.dispatchEvent(new CustomEvent("worldline:frame", { detail: { id: frame.id, time: performance.now(), busy: frame.busy, unattributed: frame.spans.at(-1) } }));
+    document.dispatchEvent(new CustomEvent("worldline:frame", { detail: { id: frame.id, time: performance.now(), busy: frame.busy, missed: frame.missed, unattributed: frame.spans.at(-1) } }));
   },
   onEvent(event) {
     handlers[event.t]?.(event);
