@@ -9,10 +9,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float32
@@ -24,6 +24,9 @@ from worldline.core.result import write_result
 from worldline.core.seeding import rng_for
 from worldline.core.types import WorldSpec
 from worldline.model.checkpoint import find_world
+
+if TYPE_CHECKING:
+    from worldline.engine.workloads.latent import LatentWorkload
 
 _CALLS = 10  # frames in a row, so that caches are as in a session
 
@@ -40,6 +43,12 @@ class EngineBenchConfig:
     """Of the start and of the hand that steers."""
     compare_seconds: float = 2.0
     """Time for each comparison in turns."""
+    device: str = "cpu"
+    """cpu or cuda; the plain loop runs there too."""
+    mode: Literal["auto", "eager", "graph", "compile"] = "auto"
+    """auto, eager, graph or compile."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """float32, and on cuda bfloat16 or float16; the plain loop stays in float32."""
     reports: str = "reports"
     """Where `DATE-engine/` is written."""
     contracts: Literal["strict", "warn", "off"] = "strict"
@@ -84,9 +93,8 @@ def play(config: EngineBenchConfig, record: Path | None) -> dict[str, Any]:
     from worldline.engine.contracts import resident_bytes
     from worldline.engine.replay import verify
     from worldline.engine.runtime import Engine
-    from worldline.engine.workloads.latent import LatentWorkload
 
-    workload = LatentWorkload.open(config.checkpoint)
+    workload = open_workload(config)
     spec = workload.world.spec
     actions = hand(spec, config.frames, config.seed)
     warm = config.frames // 10
@@ -113,7 +121,7 @@ def play(config: EngineBenchConfig, record: Path | None) -> dict[str, Any]:
         },
     }
     if record is not None:
-        verdict = verify(record, LatentWorkload.open(config.checkpoint))
+        verdict = verify(record, open_workload(config))
         outcome |= {
             "replay": str(verdict),
             "replay_ok": verdict.ok,
@@ -127,17 +135,16 @@ def comparisons(config: EngineBenchConfig, actions: Float32[np.ndarray, "t a"]) 
     import torch
 
     from worldline.engine.runtime import Engine
-    from worldline.engine.workloads.latent import LatentWorkload, Mode
 
-    def stepping(threads: int = 1, record: Path | None = None, mode: Mode = "auto") -> tuple[Engine, Any]:
-        workload = LatentWorkload.open(config.checkpoint, mode)
+    def stepping(threads: int = 1, record: Path | None = None, **options: Any) -> tuple[Engine, Any]:
+        workload = open_workload(replace(config, **options))
         workload.threads = threads
         engine = Engine(workload, record=record)
         engine.reset(config.seed)
         return engine, lambda: engine.step(actions[engine.id % len(actions)])
 
     def bare() -> Any:
-        workload = LatentWorkload.open(config.checkpoint)
+        workload = open_workload(config)
         with torch.inference_mode():
             workload.reset(config.seed)
 
@@ -155,12 +162,20 @@ def comparisons(config: EngineBenchConfig, actions: Float32[np.ndarray, "t a"]) 
             (("plain loop", plain_loop(config, actions)), ("engine", stepping()[1])),
             (("stages alone", bare()), ("engine", stepping()[1])),
             (("not recording", stepping()[1]), ("recording", recording)),
-            (("1 thread", stepping()[1]), ("2 threads", stepping(threads=2)[1])),
         ]
+        if config.device == "cpu":
+            pairs.append((("1 thread", stepping()[1]), ("2 threads", stepping(threads=2)[1])))
         if recorded.fingerprint["mode"] != "eager":
             pairs.insert(1, (("eager", stepping(mode="eager")[1]), (recorded.fingerprint["mode"], stepping()[1])))
         with recorded:
             return [compare(a, b, budget_s=config.compare_seconds, calls_a_turn=_CALLS) for a, b in pairs]
+
+
+def open_workload(config: EngineBenchConfig) -> LatentWorkload:
+    """Open the checkpoint on the device, in the mode and precision that are asked for."""
+    from worldline.engine.workloads.latent import LatentWorkload
+
+    return LatentWorkload.open(config.checkpoint, config.mode, config.device, config.dtype)
 
 
 def plain_loop(config: EngineBenchConfig, actions: Float32[np.ndarray, "t a"]) -> Callable[[], None]:
@@ -170,22 +185,22 @@ def plain_loop(config: EngineBenchConfig, actions: Float32[np.ndarray, "t a"]) -
     from worldline.engine.workloads.latent import load_starts
     from worldline.model.checkpoint import find_world, load_world
 
-    world = load_world(config.checkpoint)
+    world = load_world(config.checkpoint).to(config.device)
     starts = load_starts(find_world(config.checkpoint), world.spec)
-    low, high = torch.tensor(world.spec.action_low), torch.tensor(world.spec.action_high)
+    low, high = (torch.tensor(bound, device=config.device) for bound in (world.spec.action_low, world.spec.action_high))
     gauge = world.gauge
     with torch.no_grad():
-        z = world.encode(torch.from_numpy(starts.frames[0]))
-        state = world.begin(z[None], torch.from_numpy(starts.actions[0])[None])
+        z = world.encode(torch.from_numpy(starts.frames[0]).to(config.device))
+        state = world.begin(z[None], torch.from_numpy(starts.actions[0])[None].to(config.device))
     count = 0
 
     def frame() -> None:
         nonlocal state, count
         with torch.no_grad():
-            action = torch.from_numpy(actions[count % len(actions)])[None].clamp(low, high)
+            action = torch.from_numpy(actions[count % len(actions)])[None].to(config.device).clamp(low, high)
             state = world.step(state, action)
             picture = world.decode(state.z)
-            picture[0].numpy()
+            picture[0].cpu().numpy()
             if gauge.fitted:
                 float(gauge.region(state.z))
                 float(((world.encode(picture) - state.z) @ gauge.whitening).norm() / gauge.cycle99)
@@ -230,7 +245,8 @@ def render(result: dict[str, Any]) -> str:
         f"and tensors by {memory[-1]['tensors'] - memory[0]['tensors']:+d}.",
         "",
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}; torch "
-        f"{result['provenance']['versions'].get('torch')}, {result['fingerprint']['threads']} thread; commit "
+        f"{result['provenance']['versions'].get('torch')}, {result['fingerprint']['device']} "
+        f"{result['fingerprint']['dtype']}, {result['fingerprint']['threads']} thread; commit "
         f"{result['provenance']['commit']}.",
         "",
         "## Where the time of a frame goes (microseconds)",

@@ -27,7 +27,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from worldline.core.errors import WorldlineError
-from worldline.engine.workloads.latent import LatentWorkload
+from worldline.engine.workloads.device_world import Dtype
+from worldline.engine.workloads.latent import LatentWorkload, Mode
 from worldline.model.checkpoint import read_card, shipped_worlds
 from worldline.serve.hub import POLICY, Hub
 from worldline.serve.protocol import MAX_FPS, MAX_UP_BYTES
@@ -47,6 +48,8 @@ _HEADERS = {
     "cache-control": "no-cache",
 }
 _TITLES = {
+    "h2d": "action and state go to the device",
+    "d2h": "state, picture and readings come back from the device",
     "input": "keys and pointer become an action",
     "event": "a reset or a re-anchor in place of a step",
     "gather": "waiting for the sessions that step together with this one",
@@ -79,6 +82,12 @@ class PlayConfig:
     """Of the first start; each seed is another one."""
     sessions: int = 1
     """Sessions that are played side by side; a page joins the first without a player, or ?session=K, from 0 on."""
+    mode: Mode = "auto"
+    """auto, eager, graph or compile; auto is graph where the world has one."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    dtype: Dtype = "float32"
+    """float32, and on cuda bfloat16 or float16."""
     recordings: str = "recordings"
     """Folder of replay files."""
     open_browser: bool = False
@@ -95,6 +104,8 @@ class PlayConfig:
             )
         if not 1 <= self.sessions <= 64:
             raise WorldlineError(f"sessions: expected 1 to 64, got {self.sessions}")
+        if self.sessions > 1 and (self.mode not in ("auto", "graph") or self.device != "cpu"):
+            raise WorldlineError("several sessions play together with mode=graph and device=cpu only")
         if not 0 <= self.seed < 2**31:
             raise WorldlineError(f"seed: expected 0 to 2147483647, got {self.seed}")
 
@@ -239,7 +250,7 @@ def _open(config: PlayConfig) -> tuple[list[Hub], list[Session], str]:
             raise WorldlineError("no world is shipped with this version; name a checkpoint: worldline play CHECKPOINT")
         checkpoint = names[0]
     if config.sessions == 1:
-        workloads = [LatentWorkload.open(checkpoint)]
+        workloads = [LatentWorkload.open(checkpoint, config.mode, config.device, config.dtype)]
     else:
         workloads = LatentWorkload.open_company(checkpoint, config.sessions)
     spec = workloads[0].world.spec
@@ -253,8 +264,8 @@ def _open(config: PlayConfig) -> tuple[list[Hub], list[Session], str]:
             "t": "hello",
             "world": spec.name,
             "model": name,
-            "device": "cpu",
-            "dtype": "float32",
+            "device": config.device,
+            "dtype": config.dtype,
             "fps": workload.fps,
             "control": spec.control,
             "can_anchor": True,

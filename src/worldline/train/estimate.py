@@ -30,12 +30,12 @@ STEPS = 100
 """Imagined in each rollout, where the episodes are long enough."""
 _LEAST_STEPS = 10
 _LEAST_EPISODES = 5
-_TRAINING_EPISODES = 40
-_ROLLOUTS = 1024  # of validation episodes, and as many of training episodes
+_TRAINING_EPISODES = 200
+_ROLLOUTS = 4096  # of validation episodes, and as many of training episodes
 _EVERY = 4  # neighbouring steps say nearly the same: of every rollout each fourth is kept, each beginning elsewhere
 _REAL = 1024  # latents that distances are taken to
 _STOPPING = 0.2  # share of the validation episodes that decide when to stop
-_UPDATES, _CHECK_EVERY, _BATCH = 1500, 100, 512
+_UPDATES, _CHECK_EVERY, _BATCH = 3000, 100, 512
 _RATE, _DECAY = 2e-3, 0.01
 _DROPOUT_TOLD, _DROPOUT = 0.05, 0.5  # of the few features of a whole rollout; of all others and the hidden layer
 _UNKNOWN = 0.3  # share of places that are shown without the context's surprise: rollouts may begin without a context

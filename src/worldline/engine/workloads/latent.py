@@ -9,7 +9,7 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -26,14 +26,16 @@ from worldline.data.simulators import Observation, Simulator, make_simulator
 from worldline.engine.recording import Recording
 from worldline.engine.workload import Stage
 from worldline.engine.workloads.company import Company
+from worldline.engine.workloads.device_world import DeviceWorld, Dtype, require_device
 from worldline.engine.workloads.static_world import StaticWorld, unsupported
 from worldline.model.checkpoint import find_world, load_world, weights_sha256
 from worldline.model.world import State, World
 
 STARTS = "starts.safetensors"
-Mode = Literal["auto", "eager", "graph"]
-"""`eager` calls the world's own modules, `graph` replays bound calls over memory that was laid out before
-(`StaticWorld`), in half the time and with other rounding; `auto` is graph where the world has one."""
+Mode = Literal["auto", "eager", "graph", "compile"]
+"""`eager` calls the world's own modules; `graph` replays, on a CPU, bound calls over memory that was laid out before
+(`StaticWorld`), in half the time and with other rounding, and CUDA graphs on CUDA; `compile` calls what `torch.compile`
+makes of the modules; `auto` is graph where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,8 @@ class LatentWorkload:
     latent's radius) and, unless `cycle` is off, `cycle` (what is lost by drawing it and looking again, which costs an
     encoding a frame); both are relative to the 99% quantile over real frames. A world without a fitted gauge has none.
 
+    On another device than a CPU, compiled, or in another precision, a frame has the stages of `DeviceWorld`.
+
     With a `seat`, a slot of a company, steps are taken together with the other sessions'; see `company.py`.
     """
 
@@ -152,8 +156,11 @@ class LatentWorkload:
         cycle: bool = True,
         mode: Mode = "auto",
         seat: tuple[Company, int] | None = None,
+        device: str = "cpu",
+        dtype: Dtype = "float32",
     ) -> None:
-        self.world, self.starts, self.name, self.threads = world, starts, name, threads
+        require_device(device)
+        self.world, self.starts, self.name, self.threads = world.to(device), starts, name, threads
         spec, size = world.spec, world.config.image_size
         if starts.frames.shape[2:] != (size, size, 3) or starts.actions.shape[2] != spec.action_dim:
             raise WorldlineError(
@@ -166,13 +173,19 @@ class LatentWorkload:
         cycle = cycle and world.gauge.fitted and float(world.gauge.cycle99) > 0
         self.gauge_names: tuple[str, ...] = (("region",) if world.gauge.fitted else ()) + (("cycle",) if cycle else ())
         self.gauge = np.zeros(len(self.gauge_names), dtype=np.float32)
-        self.mode = mode if mode != "auto" else "eager" if unsupported(world) else "graph"
+        self.device, self.dtype = device, dtype
+        static = device == "cpu" and dtype == "float32" and mode != "compile"
+        has_graph = (not unsupported(world) and static) or device != "cpu"
+        self.mode = mode if mode != "auto" else "graph" if has_graph else "eager"
         self._seat = seat
         self._low, self._high = torch.tensor(spec.action_low), torch.tensor(spec.action_high)
         self._action = torch.from_numpy(self.action)[None]
         self._frame = torch.from_numpy(self.frame)
-        self._static = StaticWorld(world, self._action, self._frame) if self.mode == "graph" else None
+        self._static = StaticWorld(world, self._action, self._frame) if self.mode == "graph" and static else None
         self._memory: tuple[Tensor, ...]
+        if not static:
+            self._play_on(DeviceWorld(world, self._begin(0), len(self.gauge_names), device, self.mode, dtype))
+            return
         if self._static is not None:
             self._z, self._memory = self._static.z, (self._static.h,)
             self._readings = self._static.readings.numpy()
@@ -198,7 +211,9 @@ class LatentWorkload:
             self.stages = (*together, *self._drawing)
 
     @classmethod
-    def open(cls, path_or_name: str | Path, mode: Mode = "auto") -> LatentWorkload:
+    def open(
+        cls, path_or_name: str | Path, mode: Mode = "auto", device: str = "cpu", dtype: Dtype = "float32"
+    ) -> LatentWorkload:
         """Open a checkpoint with its starts, ready to play.
 
         Raises:
@@ -206,7 +221,8 @@ class LatentWorkload:
         """
         directory = find_world(path_or_name)
         world = load_world(directory)
-        return cls(world, load_starts(directory, world.spec), name=str(path_or_name), mode=mode)
+        starts = load_starts(directory, world.spec)
+        return cls(world, starts, name=str(path_or_name), mode=mode, device=device, dtype=dtype)
 
     @classmethod
     def open_company(cls, path_or_name: str | Path, slots: int) -> list[LatentWorkload]:
@@ -233,8 +249,10 @@ class LatentWorkload:
             slot, slots = map(int, seat.groups())
             if slots > 1 and slot < slots:
                 return cls.open_company(place, slots)[slot]
-        mode: Mode = "graph" if made.get("mode") == "graph" else "eager"
-        return cls.open(place, mode)
+        mode = made.get("mode", "") if made.get("mode") in get_args(Mode) else "eager"
+        dtype = made.get("dtype", "") if made.get("dtype") in get_args(Dtype) else "float32"
+        device = "cpu" if made.get("device", "cpu") == "cpu" else "cuda"
+        return cls.open(place, cast(Mode, mode), device, cast(Dtype, dtype))
 
     def reset(self, seed: int, prompt: str = "") -> None:
         if prompt:
@@ -247,8 +265,8 @@ class LatentWorkload:
             self._static.run["encode"]()
             z = self._static.seen
         else:
-            z = self.world.encode(torch.tensor(frame)[None])
-        self._set(self.world.observe(State(self._z, self._memory), z))
+            z = self.world.encode(torch.tensor(frame, device=self.device)[None])
+        self._set(self.world.observe(State(self._z, self._memory), z.to(self._z.device)))
 
     def state(self) -> dict[str, Tensor]:
         return {"z": self._z, **{f"memory.{index}": part for index, part in enumerate(self._memory)}}
@@ -264,8 +282,8 @@ class LatentWorkload:
             "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
             "starts": starts.hexdigest(),
             "checkpoint": self.name,
-            "device": "cpu",
-            "dtype": "float32",
+            "device": self.device if self.device == "cpu" else torch.cuda.get_device_name(self.device),
+            "dtype": self.dtype,
             "mode": self.mode,
             "threads": str(self.threads),
             **({} if self._seat is None else {"slot": f"{self._seat[1]} of {self._seat[0].slots}"}),
@@ -277,8 +295,18 @@ class LatentWorkload:
     def _begin(self, seed: int) -> State:
         start = seed % len(self.starts)
         with torch.inference_mode():
-            z = self.world.encode(torch.tensor(self.starts.frames[start]))
-            return self.world.begin(z[None], torch.tensor(self.starts.actions[start])[None])
+            z = self.world.encode(torch.tensor(self.starts.frames[start], device=self.device))
+            return self.world.begin(z[None], torch.tensor(self.starts.actions[start], device=self.device)[None])
+
+    def _play_on(self, device: DeviceWorld) -> None:
+        """Take buffers and stages from a device's."""
+        self.on_device = device
+        host = device.host
+        self.action, self.frame, self.gauge = host["action"][0].numpy(), host["frame"].numpy(), host["readings"].numpy()
+        self._z, *memory = (host[name] for name in device.state_names)
+        self._memory = tuple(memory)
+        self.stages = device.stages
+        self._drawing = tuple(stage for stage in device.stages if stage.name != "step")
 
     def _set(self, state: State) -> None:
         self._z.copy_(state.z)
