@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_PORT = 8765
-BENCHMARKS = ("engine", "micro", "plan", "play", "train")
+BENCHMARKS = ("engine", "micro", "optimise", "plan", "play", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +253,14 @@ def _bench_plan(config: Any, flags: set[str]) -> int:
 
 def _bench_micro(config: Any, flags: set[str]) -> int:
     from worldline.bench.micro import run
+
+    started = time.monotonic()
+    wrote(run(config).parent, started)
+    return 0
+
+
+def _bench_optimise(config: Any, flags: set[str]) -> int:
+    from worldline.bench.optimise import run
 
     started = time.monotonic()
     wrote(run(config).parent, started)
@@ -519,7 +527,7 @@ COMMANDS: dict[str, Command] = {
             summary="timings of this machine, with what they mean, written to reports/",
             about="""
             Without a NAME every benchmark runs with its defaults. Each writes result.json and report.md into
-            reports/DATE-NAME. The names: engine, micro, plan, play, train.
+            reports/DATE-NAME. The names: engine, micro, optimise, plan, play, train.
             """,
             examples=(
                 ("worldline bench", "all of them"),
@@ -551,6 +559,17 @@ COMMANDS: dict[str, Command] = {
             examples=(("worldline bench micro publish=docs/phases", "and the written answers made from it"),),
             run=_bench_micro,
             config="worldline.bench.micro:MicroConfig",
+        ),
+        Command(
+            name="bench optimise",
+            summary="what each optimisation of engine and planner buys, beside what was expected of it",
+            about="""
+            Does the same work twice, plainly and our way, in turns; counts calls, operations and new bytes of both, so
+            that no speed-up stays a mystery.
+            """,
+            examples=(("worldline bench optimise publish=docs/phases", "and the page in the documentation"),),
+            run=_bench_optimise,
+            config="worldline.bench.optimise:OptimiseConfig",
         ),
         Command(
             name="bench plan",

@@ -115,6 +115,11 @@ class Company:
                 self._running, self._done, self._failed = False, tick, failed
                 self._changed.notify_all()
 
+    def step_all(self) -> None:
+        """Step every slot that is taken, for one thread that plays them all."""
+        self._taken = tuple(range(self.slots))
+        self._compute()
+
     def _compute(self) -> None:
         seats = [(row, *seat) for row in self._taken if (seat := self._seats[row]) is not None]
         for row, action, z, h in seats:

@@ -147,7 +147,7 @@ def _note_decode(tape: Tape, world: World, z: View, frame: Tensor) -> None:
         sums = tape.slot(f"doubling {number}", size * size, conv.out_channels)
         for i, j in product((0, 1), (0, 1)):
             _note_patches(tape, padded, patches, size, kernel=2, at=(i, j))
-            tape.call(torch.addmm, _bias(conv), patches, _by_phase(conv.weight, i, j), out=sums)
+            tape.call(torch.addmm, _bias(conv), patches, by_phase(conv.weight, i, j), out=sums)
             tape.call(torch.relu_, sums)
             place = _every_other(doubled, i, j)
             tape.call(_copy, place, _on_grid(sums, size))
@@ -220,7 +220,7 @@ def _note_depthwise(
     """One product for each tap and channel, then the sum over the nine taps as a product with ones."""
     channels = len(bias)
     taps = tape.slot(f"encoder taps {number}", 3, 3, size, size, channels)
-    window = padded.view(lambda t: _windows(t, size, 3, stride).permute(2, 3, 0, 1, 4))
+    window = padded.view(lambda t: windows(t, size, 3, stride).permute(2, 3, 0, 1, 4))
     tape.call(torch.mul, window, weight[:, 0].permute(1, 2, 0)[:, :, None, None].contiguous(), out=taps)
     total = sums.view(lambda t: t.view(1, -1))
     tape.call(torch.mm, torch.ones(1, 9), taps.view(lambda t: t.view(9, -1)), out=total)
@@ -232,7 +232,7 @@ def _note_patches(
 ) -> None:
     """Copy the `kernel` x `kernel` neighbourhoods of a padded picture into the rows of a matrix."""
     i, j = at
-    window = padded.view(lambda t: _windows(t[i:, j:], size, kernel, stride))
+    window = padded.view(lambda t: windows(t[i:, j:], size, kernel, stride))
     tape.call(_copy, patches.view(lambda t: t.view(size, size, kernel, kernel, -1)), window)
 
 
@@ -264,13 +264,13 @@ def _interior(padded: Slot) -> View:
     return padded.view(lambda t: t[1:-1, 1:-1])
 
 
-def _windows(padded: Tensor, size: int, kernel: int, stride: int) -> Float[Tensor, "h w k k c"]:
+def windows(padded: Tensor, size: int, kernel: int, stride: int) -> Float[Tensor, "h w k k c"]:
     rows, pixels, _ = padded.stride()
     shape = (size, size, kernel, kernel, padded.shape[2])
     return padded.as_strided(shape, (stride * rows, stride * pixels, rows, pixels, 1), padded.storage_offset())
 
 
-def _by_phase(weight: Float[Tensor, "o c 3 3"], i: int, j: int) -> Float[Tensor, "kkc o"]:
+def by_phase(weight: Float[Tensor, "o c 3 3"], i: int, j: int) -> Float[Tensor, "kkc o"]:
     """Return what row i and column j of every doubled pixel sees: the taps that fall on one pixel are added up."""
     o, c = weight.shape[:2]
     found = weight.new_zeros(2, 2, c, o)
