@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from serve_client import Server
+from serve_client import Server, running
 
 from worldline.engine.replay import verify
 from worldline.engine.workloads.latent import LatentWorkload
+from worldline.serve import Client
 
 pytestmark = pytest.mark.browser
 
@@ -186,3 +188,33 @@ def test_every_number_says_what_it_is(page: Any) -> None:
         .filter((element) => !element.closest("dialog") && !element.closest("[title]")?.title)
         .map((element) => element.outerHTML)"""
     assert page.evaluate(untitled) == []
+
+
+PICTURES = """() => {
+    window.pictures = {};
+    document.addEventListener("worldline:paint", ({ detail }) => {
+        const canvas = document.getElementById("imagined");
+        const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+        window.pictures[detail.id] = Array.from(data);
+    });
+}"""
+
+
+def test_encoded_pictures_are_painted_as_they_were_made(browser: Any, checkpoint: Path, tmp_path: Path) -> None:
+    with running(checkpoint, tmp_path, codec="webp", fps=5.0) as server:
+        page = browser.new_page()
+        page.set_default_timeout(TIMEOUT_MS)
+        page.goto(server.url)
+        page.evaluate(PICTURES)
+        with Client(server.url) as client:
+            frames = [client.frame() for _ in range(12)]
+        until(page, f"window.pictures[{frames[-1].frame_id}] !== undefined")
+        painted = page.evaluate("window.pictures")
+        page.close()
+    compared = 0
+    for frame in frames:
+        if (data := painted.get(str(frame.frame_id))) is not None:
+            side = frame.picture.shape[0]
+            assert np.array_equal(np.array(data, np.uint8).reshape(side, side, 4)[..., :3], frame.picture)
+            compared += 1
+    assert compared >= 5

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from worldline.serve.protocol import Flag, FrameMessage, Key, ProtocolError, for_client, pack, parse, unpack
+from worldline.serve.protocol import Codec, Flag, FrameMessage, Key, ProtocolError, for_client, pack, parse, unpack
 
 u32 = st.integers(0, 2**32 - 1)
 f32 = st.floats(width=32, allow_nan=True)
@@ -43,6 +43,26 @@ def frames(draw: st.DrawFn) -> FrameMessage:
     )
 
 
+FRAME = FrameMessage(
+    flags=Flag(0),
+    frame_id=3,
+    chain=bytes(16),
+    input_time_ms=0.0,
+    input_frame=0,
+    busy_us=0,
+    period_us=0,
+    unattributed_us=0,
+    dropped=0,
+    missed=0,
+    spans_us=(),
+    radius=0.0,
+    cycle=0.0,
+    error=0.0,
+    target=(0.0, 0.0),
+    picture=np.zeros((1, 1, 3), np.uint8),
+)
+
+
 def same(a: FrameMessage, b: FrameMessage) -> None:
     for field in dataclasses.fields(FrameMessage):
         np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), err_msg=field.name)
@@ -60,6 +80,29 @@ def test_an_onlooker_gets_its_own_drops_and_nobody_elses_clock(frame: FrameMessa
     onlooker = unpack(for_client(message, dropped, False))
     same(onlooker, dataclasses.replace(frame, dropped=dropped, input_time_ms=math.nan))
     same(unpack(message), frame)  # the shared message is not touched
+
+
+@given(frames())
+def test_webp_loses_nothing_and_jpeg_a_little(frame: FrameMessage) -> None:
+    found = unpack(pack(frame, "webp"))
+    same(dataclasses.replace(found, encode_us=0), frame)
+    smooth = np.linspace(0, 255, 24 * 24 * 3).reshape(24, 24, 3).astype(np.uint8)
+    lossy = unpack(pack(dataclasses.replace(frame, picture=smooth), "jpeg"))
+    assert lossy.picture.shape == smooth.shape
+    assert 0 < np.abs(lossy.picture.astype(int) - smooth).mean() < 4
+
+
+@pytest.mark.parametrize("codec", ["webp", "jpeg"])
+def test_an_encoded_picture_that_is_damaged_or_of_another_size_is_refused(codec: Codec) -> None:
+    frame = dataclasses.replace(FRAME, picture=np.zeros((8, 8, 3), np.uint8))
+    message = pack(frame, codec)
+    for damaged in (
+        message[: len(message) - 40] + bytes(40),
+        bytes(message).replace((8).to_bytes(2, "little") * 2, (9).to_bytes(2, "little") * 2),
+    ):
+        assert damaged != message
+        with pytest.raises(ProtocolError):
+            unpack(damaged)
 
 
 @given(frames(), st.integers(0, 400))

@@ -23,7 +23,7 @@ from worldline.serve.truth import find_true_world
 class Desk:
     """A session and everything that it published."""
 
-    def __init__(self, checkpoint: Path, recordings: Path, fps: float = 200.0) -> None:
+    def __init__(self, checkpoint: Path, recordings: Path, fps: float = 200.0, codec: protocol.Codec = "raw") -> None:
         workload = LatentWorkload.open(checkpoint)
         truth, _ = find_true_world(workload.world.spec, workload.starts)
         self.frames: list[FrameMessage] = []
@@ -34,6 +34,7 @@ class Desk:
             truth=truth,
             recordings=recordings,
             fps=fps,
+            codec=codec,
             publish=lambda message: self._add(self.frames, unpack(message)),
             notify=lambda event: self._add(self.events, event),
         )
@@ -233,3 +234,46 @@ def test_more_actions_than_may_wait_are_refused_and_no_edge_is_lost(checkpoint: 
     answers = [event for event in desk.events if event["t"] == "answer"]
     assert {event["id"] for event in answers} == set(range(300))
     assert any(event["frame"] is None and "wait" in event["why"] for event in answers)
+
+
+def test_encoded_frames_are_the_raw_ones_in_order_and_encoding_is_not_in_their_time(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = protocol._encoded
+
+    def slow(picture: np.ndarray, codec: protocol.Codec) -> bytes | memoryview:
+        time.sleep(0.01)  # a frame has an imagined and a true picture
+        return encode(picture, codec)
+
+    monkeypatch.setattr(protocol, "_encoded", slow)
+    desk = Desk(checkpoint, tmp_path, fps=20.0, codec="webp")
+    try:
+        desk.more(12)
+    finally:
+        desk.session.stop()
+    raw = Desk(checkpoint, tmp_path)
+    try:
+        raw.wait(lambda: len(raw.frames) > desk.frames[-1].frame_id)
+    finally:
+        raw.session.stop()
+    ids = [frame.frame_id for frame in desk.frames]
+    assert ids == list(range(ids[0], ids[0] + len(ids)))
+    others = {frame.frame_id: frame for frame in raw.frames}
+    for frame in desk.frames:
+        assert frame.encode_us >= 20_000
+        assert np.array_equal(frame.picture, others[frame.frame_id].picture)
+        assert frame.chain == others[frame.frame_id].chain
+    encode_span = desk.session.stages.index("encode")
+    assert np.median([frame.spans_us[encode_span] for frame in desk.frames[2:]]) < 10_000
+
+
+def test_a_picture_that_cannot_be_encoded_ends_the_session_with_the_reason(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(picture: np.ndarray, codec: protocol.Codec) -> bytes:
+        raise OSError("no encoder for it")
+
+    monkeypatch.setattr(protocol, "_encoded", broken)
+    desk = Desk(checkpoint, tmp_path, codec="jpeg")
+    desk.wait(lambda: any("could not be encoded as jpeg" in event.get("text", "") for event in desk.events))
+    desk.session.stop()

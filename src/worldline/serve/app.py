@@ -31,7 +31,7 @@ from worldline.engine.workloads.device_world import Dtype
 from worldline.engine.workloads.latent import LatentWorkload, Mode
 from worldline.model.checkpoint import read_card, shipped_worlds
 from worldline.serve.hub import POLICY, Hub
-from worldline.serve.protocol import MAX_FPS, MAX_UP_BYTES
+from worldline.serve.protocol import MAX_FPS, MAX_UP_BYTES, Codec
 from worldline.serve.recordings import find_recording
 from worldline.serve.session import Session
 from worldline.serve.truth import find_true_world
@@ -60,8 +60,8 @@ _TITLES = {
     "hash": "picture, state and action are hashed onto the chain",
     "record": "the frame is handed to the replay file's writer",
     "ledger": "writing this table's row",
-    "truth": "the simulator takes the same action, and its picture is compared",
-    "encode": "header and pictures become one message",
+    "truth": "waiting for the simulator, which took the same action beside, and comparing its picture",
+    "encode": "header and pictures become one message; with a codec: they are handed to the thread that encodes them",
     "send": "the message is handed to the connections",
 }
 
@@ -90,6 +90,8 @@ class PlayConfig:
     """float32, and on cuda bfloat16 or float16."""
     recordings: str = "recordings"
     """Folder of replay files."""
+    codec: Codec = "raw"
+    """How pictures travel: raw, webp (no loss, a twentieth of the bytes) or jpeg (some loss); for slow connections."""
     open_browser: bool = False
     """Open the page in this machine's browser."""
     token: str | None = None
@@ -281,6 +283,7 @@ def _open(config: PlayConfig) -> tuple[list[Hub], list[Session], str]:
             seed=config.seed,
             fps=config.fps,
             label=f"-s{number}" if config.sessions > 1 else "",
+            codec=config.codec,
             publish=hub.publish,
             notify=hub.notify,
         )

@@ -1,23 +1,26 @@
 """What travels over the WebSocket: one binary message a frame down, small JSON messages up, JSON events down.
 
 A frame message is the header `_HEADER`, then one u32 a span (microseconds, in the order that `hello` announced), then
-the imagined picture (RGB rows), then the true world's picture where the flag says that one is there. All numbers are
-little-endian. `static/protocol.js` is the other half of this file.
+the imagined picture, then the true world's picture where the flag says that one is there: RGB rows, or what the codec
+made of them. All numbers are little-endian. `static/protocol.js` is the other half of this file.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import struct
+import time
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"WL"
 MAX_UP_BYTES = 4096
 """Longest message that a client may send."""
@@ -25,10 +28,13 @@ MAX_UP_BYTES = 4096
 KEYS = frozenset({"ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "KeyA", "KeyD", "KeyW", "KeyS"})
 MAX_FPS = 240.0
 MAX_ACTION_DIM = 64
+Codec = Literal["raw", "webp", "jpeg"]
+"""How pictures travel: as they are, without loss in a twentieth of the bytes, or with some in even fewer."""
+CODECS: tuple[Codec, ...] = get_args(Codec)
 _SEED_LIMIT = 2**31
 _ID_LIMIT = 2**53  # what a number of JavaScript holds
 
-_HEADER = struct.Struct("<2sBBHQ16sdQIIIIHHHfffff")
+_HEADER = struct.Struct("<2sBBHQ16sdQIIIIHHHfffffB3xIII")
 _DROPPED = struct.Struct("<I")
 _ECHO = struct.Struct("<d")
 _ECHO_OFFSET = struct.calcsize("<2sBBHQ16s")
@@ -90,15 +96,21 @@ class FrameMessage:
     """Where the action points, as a share of the picture's width and height; NaN where it has no place."""
     picture: UInt8[np.ndarray, "h w 3"]
     truth: UInt8[np.ndarray, "h2 w2 3"] | None = None
+    encode_us: int = 0
+    """What encoding this frame's pictures took, beside the frames and not in them; 0 where they travel raw."""
 
 
-def pack(frame: FrameMessage) -> bytearray:
-    """Return the bytes of `frame`."""
+def pack(frame: FrameMessage, codec: Codec = "raw") -> bytearray:
+    """Return the bytes of `frame`: pictures as they are, as WebP without loss, or as JPEG with some."""
     flags = (frame.flags | Flag.TRUTH) if frame.truth is not None else (frame.flags & ~Flag.TRUTH)
     height, width = frame.picture.shape[:2]
     truth_height, truth_width = frame.truth.shape[:2] if frame.truth is not None else (0, 0)
     if truth_height != truth_width:
         raise ValueError(f"expected a square true picture, got {truth_height} x {truth_width}")
+    started = time.perf_counter_ns()
+    picture = _encoded(frame.picture, codec)
+    truth = b"" if frame.truth is None else _encoded(frame.truth, codec)
+    took = 0 if codec == "raw" else min((time.perf_counter_ns() - started) // 1000, 2**32 - 1)
     header = _HEADER.pack(
         MAGIC,
         VERSION,
@@ -119,13 +131,16 @@ def pack(frame: FrameMessage) -> bytearray:
         frame.cycle,
         frame.error,
         *frame.target,
+        CODECS.index(codec),
+        len(picture),
+        len(truth),
+        took,
     )
     # The unattributed span travels last among the spans, so that they add up to the busy time on the page too.
     spans = struct.pack(f"<{len(frame.spans_us) + 1}I", *frame.spans_us, frame.unattributed_us)
     message = bytearray(header + spans)
-    message += np.ascontiguousarray(frame.picture).data.cast("B")
-    if frame.truth is not None:
-        message += np.ascontiguousarray(frame.truth).data.cast("B")
+    message += picture
+    message += truth
     return message
 
 
@@ -155,13 +170,14 @@ def unpack(data: bytes | bytearray) -> FrameMessage:
     if magic != MAGIC or version != VERSION:
         raise ProtocolError(f"expected a frame message of version {VERSION}, got {magic!r} version {version}")
     frame_id, chain, input_time, input_frame, busy, period, dropped, missed = values[4:12]
-    width, height, truth_side, radius, cycle, error, target_x, target_y = values[12:]
+    width, height, truth_side, radius, cycle, error, target_x, target_y, codec, *sizes, encode = values[12:]
     start = _HEADER.size + 4 * (num_spans + 1)
-    sizes = (3 * width * height, 3 * truth_side**2)
     if len(data) != start + sum(sizes):
         raise ProtocolError(f"expected {start + sum(sizes)} bytes, got {len(data)}")
+    if codec >= len(CODECS):
+        raise ProtocolError(f"expected a codec from 0 to {len(CODECS) - 1}, got {codec}")
     spans = struct.unpack_from(f"<{num_spans + 1}I", data, _HEADER.size)
-    pixels = np.frombuffer(data, np.uint8)[start:]
+    parts = memoryview(data)[start : start + sizes[0]], memoryview(data)[start + sizes[0] :]
     return FrameMessage(
         flags=Flag(flags),
         frame_id=frame_id,
@@ -178,9 +194,36 @@ def unpack(data: bytes | bytearray) -> FrameMessage:
         cycle=cycle,
         error=error,
         target=(target_x, target_y),
-        picture=pixels[: sizes[0]].reshape(height, width, 3),
-        truth=pixels[sizes[0] :].reshape(truth_side, truth_side, 3) if flags & Flag.TRUTH else None,
+        picture=_decoded(parts[0], codec, height, width),
+        truth=_decoded(parts[1], codec, truth_side, truth_side) if flags & Flag.TRUTH else None,
+        encode_us=encode,
     )
+
+
+def _encoded(picture: UInt8[np.ndarray, "h w 3"], codec: Codec) -> bytes | memoryview:
+    if codec == "raw":
+        return np.ascontiguousarray(picture).data.cast("B")
+    data = io.BytesIO()
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    if codec == "webp":
+        image.save(data, "WEBP", lossless=True, exact=True, method=0, quality=0)
+    else:
+        image.save(data, "JPEG", quality=90, subsampling=0)
+    return data.getvalue()
+
+
+def _decoded(data: memoryview, codec: int, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+    if CODECS[codec] == "raw":
+        if len(data) != 3 * width * height:
+            raise ProtocolError(f"expected a picture of {3 * width * height} bytes, got {len(data)}")
+        return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+    try:
+        with Image.open(io.BytesIO(data), formats=[CODECS[codec].upper()]) as image:
+            if image.size != (width, height):
+                raise ProtocolError(f"expected a picture of {width} x {height}, got {image.size}")
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise ProtocolError(f"a picture is no {CODECS[codec]}: {error}"[:120]) from None
 
 
 @dataclass(frozen=True, kw_only=True)

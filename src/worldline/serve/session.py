@@ -19,6 +19,7 @@ from worldline.engine.recording import PICTURES, Kind, Record, Recording
 from worldline.engine.runtime import Engine, Frame
 from worldline.engine.workloads.latent import LatentWorkload
 from worldline.serve import protocol
+from worldline.serve.encoder import Encoder
 from worldline.serve.hands import Hands
 from worldline.serve.protocol import Flag
 from worldline.serve.recordings import new_recording, newest_recording
@@ -53,6 +54,7 @@ class Session:
     """One world, played by one person, seen by any number.
 
     Args:
+        codec: how pictures travel; any but `raw` is made by a thread of its own, beside the next frame.
         label: of one of several sessions: goes into the names of its recordings, and its frames are due with theirs.
         publish: receives every packed frame, in the session's thread; it must not block.
         notify: receives events for the pages (JSON objects), in the session's thread; it must not block.
@@ -67,6 +69,7 @@ class Session:
         seed: int = 0,
         fps: float | None = None,
         label: str = "",
+        codec: protocol.Codec = "raw",
         publish: Callable[[bytearray], None],
         notify: Callable[[dict[str, Any]], None],
     ) -> None:
@@ -82,6 +85,7 @@ class Session:
         self._label = label
         self._seed, self._fps = seed, workload.fps if fps is None else fps
         self._publish, self._notify = publish, notify
+        self._encoder = None if codec == "raw" else Encoder(codec, publish)
         self._hands = Hands(self._spec)
         self._given: protocol.Action | None = None  # the next frame's action, sent as such
         self._edge_ms, self._edge_frame = math.nan, 0
@@ -152,6 +156,10 @@ class Session:
             raise
         finally:
             self.engine.close()
+            if self._encoder is not None:
+                self._encoder.stop()
+            if self._truth is not None:
+                self._truth.close()
 
     def _frame(self) -> None:
         """Wait for the next slot and play one frame."""
@@ -164,8 +172,9 @@ class Session:
                 self._replay_one(self._replay)
                 return
             action = self._action()
+            self._follow(lambda truth: truth.ask_step(action))
             frame = self._playing.step(action, begun_ns=begun, deadline_ns=deadline)
-            self._show(frame, begun, Flag(0), lambda truth: truth.step(action))
+            self._show(frame, begun, Flag(0))
             if self._given is not None:
                 self._answer(self._given, frame.id)
         except WorldlineError as error:  # such as a full disk, which ends the recording and not the session
@@ -259,9 +268,10 @@ class Session:
     def _reset(self, seed: int) -> bool:
         begun = time.perf_counter_ns()
         self._seed, self._missed = seed, 0
+        self._follow(lambda truth: truth.ask_begin(seed))
         frame = self._playing.reset(seed)
         self._hands.begin(self._first_action(seed))
-        self._show(frame, begun, Flag.FIRST, lambda truth: truth.begin(seed))
+        self._show(frame, begun, Flag.FIRST)
         if self._pace:
             self._pace.skipped = 0
             self._pace.restart()  # leading the simulator to its start takes longer than a slot
@@ -281,7 +291,7 @@ class Session:
             raise WorldlineError("Re-anchoring needs the true world beside the imagined one.")
         begun = time.perf_counter_ns()
         frame = self._playing.anchor(self._true_picture)
-        self._show(frame, begun, Flag.ANCHORED, None)
+        self._show(frame, begun, Flag.ANCHORED)
         return True
 
     def _record(self, on: bool) -> None:
@@ -332,20 +342,19 @@ class Session:
         self._notify(self.status())
 
     def _replay_record(self, record: Record, begun: int) -> None:
-        follow: Callable[[TrueWorld], UInt8[np.ndarray, "h w 3"]] | None = None
         flags = Flag(0)
         if record.kind is Kind.RESET:
-            frame = self._playing.reset(record.seed, record.prompt)
-            flags, follow = Flag.FIRST, lambda truth: truth.begin(record.seed)
+            self._follow(lambda truth: truth.ask_begin(record.seed))
+            frame, flags = self._playing.reset(record.seed, record.prompt), Flag.FIRST
         elif record.kind is Kind.ANCHOR:
             picture = np.frombuffer(record.body, dtype=np.uint8).reshape(self._playing.layout.frame_shape)
             frame, flags = self._playing.anchor(picture), Flag.ANCHORED
         else:
             action = np.frombuffer(record.body, dtype="<f4")
+            if self._true_picture is not None:
+                self._follow(lambda truth: truth.ask_step(action))
             frame = self._playing.step(action, begun_ns=begun)
             self._hands.begin(action)
-            if self._true_picture is not None:
-                follow = lambda truth: truth.step(action)  # noqa: E731
         if frame.chain != record.chain:
             name, number = self._replay_name, record.id
             self._leave_replay()
@@ -353,25 +362,40 @@ class Session:
             self._notify({"t": "verified", "equal": False, "text": f"{name} differs at frame {number}"})
             self._notify(self.status())
             return
-        self._show(frame, begun, flags, follow)
+        self._show(frame, begun, flags)
 
-    def _show(
-        self,
-        frame: Frame,
-        begun: int,
-        flags: Flag,
-        follow: Callable[[TrueWorld], UInt8[np.ndarray, "h w 3"]] | None,
-    ) -> None:
-        """Let the true world follow, then pack and publish the frame; each is a span of its own."""
+    def _follow(self, ask: Callable[[TrueWorld], None]) -> None:
+        """Let the true world begin on its next picture, where there is one to look at."""
+        if self._truth is not None and self._truth_on:
+            try:
+                ask(self._truth)
+            except WorldlineError as error:
+                self._lose_truth(error)
+
+    def _lose_truth(self, error: WorldlineError) -> None:
+        self._truth, self._truth_on, self._true_picture = None, False, None
+        self._tell(str(error))
+        self._notify(self.status())
+
+    def _show(self, frame: Frame, begun: int, flags: Flag) -> None:
+        """Wait for the true world's picture, then pack and publish the frame; each is a span of its own."""
         ledger, clock = self._playing.ledger, time.perf_counter_ns
         started = clock()
-        if self._truth is not None and self._truth_on and follow is not None:
-            self._true_picture = follow(self._truth)
+        if self._truth is not None and self._truth.asked:
+            try:
+                self._true_picture = self._truth.answer()
+            except WorldlineError as gone:
+                self._lose_truth(gone)
         error = math.nan if self._true_picture is None else picture_error(frame.picture, self._true_picture)
         ledger.extend(frame.id, "truth", started, stopped := clock())
-        message = protocol.pack(self._message(frame, begun, flags, error))
-        ledger.extend(frame.id, "encode", stopped, packed := clock())
-        self._publish(message)
+        message = self._message(frame, begun, flags, error)
+        if self._encoder is None:
+            packed_message = protocol.pack(message)
+            ledger.extend(frame.id, "encode", stopped, packed := clock())
+            self._publish(packed_message)
+        else:
+            self._encoder.hand(message)
+            ledger.extend(frame.id, "encode", stopped, packed := clock())
         ledger.extend(frame.id, "send", packed, clock())
 
     def _message(self, frame: Frame, begun: int, flags: Flag, error: float) -> protocol.FrameMessage:

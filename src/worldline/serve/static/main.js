@@ -3,7 +3,7 @@
 import { DriftView, LedgerView, Percentiles } from "./charts.js";
 import { Input } from "./input.js";
 import { Stage } from "./picture.js";
-import { FLAG, decode } from "./protocol.js";
+import { FLAG, decode, developed } from "./protocol.js";
 import { Socket } from "./socket.js";
 
 const $ = (id) => document.getElementById(id);
@@ -20,6 +20,7 @@ const presses = new Percentiles(500);
 
 let hello = null; // what this world is
 let status = null; // what the session is doing
+let developing = Promise.resolve(); // encoded frames, in the order in which they came
 const waiting = []; // frames to paint, one a refresh
 let painted = null;
 const sentTimes = new Set(); // of edges that no painted frame has shown yet
@@ -37,13 +38,11 @@ const socket = new Socket({
   onOpen: () => socket.send({ t: "visible", on: !document.hidden }),
   onFrame(buffer) {
     const frame = decode(buffer);
-    if (painted && frame.dropped > painted.dropped) behindUntil = performance.now() + 1500;
-    ledger.add(frame, frame.flags & FLAG.missed);
-    drift.add({ radius: frame.radius, error: frame.error, anchored: frame.flags & FLAG.anchored });
-    stage.follow(frame.target, frame.flags & FLAG.first);
-    waiting.push(frame);
-    if (waiting.length > MAX_WAITING) waiting.shift();
-    document.dispatchEvent(new CustomEvent("worldline:frame", { detail: { id: frame.id, time: performance.now(), busy: frame.busy, missed: frame.missed, unattributed: frame.spans.at(-1) } }));
+    if (frame.type === null) take(frame);
+    else {
+      const soon = developed(frame); // several at once, taken in the order in which they came
+      developing = developing.then(() => soon).then(take, (error) => veil(true, "A picture could not be decoded", String(error), true));
+    }
   },
   onEvent(event) {
     handlers[event.t]?.(event);
@@ -56,6 +55,16 @@ const socket = new Socket({
     veil(true, refused ? "The server closed this page" : "Server gone", `${reason || "The connection ended."} Trying again in ${wait / 1000} s.`, true);
   },
 });
+
+function take(frame) {
+  if (painted && frame.dropped > painted.dropped) behindUntil = performance.now() + 1500;
+  ledger.add(frame, frame.flags & FLAG.missed);
+  drift.add({ radius: frame.radius, error: frame.error, anchored: frame.flags & FLAG.anchored });
+  stage.follow(frame.target, frame.flags & FLAG.first);
+  waiting.push(frame);
+  if (waiting.length > MAX_WAITING) waiting.shift();
+  document.dispatchEvent(new CustomEvent("worldline:frame", { detail: { id: frame.id, time: performance.now(), busy: frame.busy, missed: frame.missed, unattributed: frame.spans.at(-1) } }));
+}
 
 const handlers = {
   hello(event) {
