@@ -8,6 +8,8 @@ import http.client
 import json
 import math
 import socket
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from websockets.exceptions import ConnectionClosed
 
 from worldline.core.errors import WorldlineError
 from worldline.serve.app import PlayConfig, _listen, serve
-from worldline.serve.protocol import MAX_UP_BYTES
+from worldline.serve.protocol import MAX_UP_BYTES, Flag
 
 
 class Answer(NamedTuple):
@@ -234,3 +236,20 @@ def test_elsewhere_than_loopback_everything_but_static_files_wants_a_token(check
 def test_a_wrong_setting_says_what_was_expected(wrong: dict[str, float]) -> None:
     with pytest.raises(WorldlineError, match="expected"):
         PlayConfig(**json.loads(json.dumps(wrong)))
+
+
+def test_a_page_gets_no_more_pictures_than_it_can_use_but_every_beginning(checkpoint: Path, tmp_path: Path) -> None:
+    with running(checkpoint, tmp_path, fps=0.0) as server, server.connect() as page:
+        page.send("visible", on=True, most=10)
+        page.event("status")
+        while page.frame().frame_id < 50:
+            pass  # what was on its way
+        began = time.monotonic()
+        frames = [page.frame() for _ in range(10)]
+        assert time.monotonic() - began > 0.8
+        assert all(b.frame_id - a.frame_id > 3 for a, b in pairwise(frames))  # the session itself does not wait
+        assert frames[-1].dropped == frames[0].dropped  # these are not called lost
+        for seed in range(5):
+            page.send("reset", seed=seed)
+            while not page.frame().flags & Flag.FIRST:
+                pass

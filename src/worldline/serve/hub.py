@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections import deque
 from typing import Any
 
@@ -37,16 +38,24 @@ class Client:
     def __init__(self, websocket: WebSocket) -> None:
         self.websocket = websocket
         self.visible = True
+        self.every_s = 0.0
+        """No more than one picture in this time is of use to it."""
         self.dropped = 0
+        self._next = 0.0
         self._pictures: deque[bytearray] = deque()
         self._events: deque[dict[str, Any]] = deque()
         self._wake = asyncio.Event()
         self._allowance, self._allowed_at = BURST, asyncio.get_running_loop().time()
 
+    def wants(self, now: float, always: bool) -> bool:
+        """Return whether a picture made now is of use; one that must not be missed is `always`."""
+        if not self.visible or (now < self._next and not always):
+            return False
+        self._next = max(self._next, now - self.every_s) + self.every_s
+        return True
+
     def offer(self, picture: bytearray) -> None:
         """Queue a picture; a full queue loses its oldest."""
-        if not self.visible:
-            return
         if len(self._pictures) >= QUEUE:
             self._pictures.popleft()
             self.dropped += 1
@@ -119,8 +128,10 @@ class Hub:
         await asyncio.to_thread(self.session.stop)
 
     def publish(self, message: bytearray) -> None:
-        """Give a packed frame to everybody; called in the session's thread."""
-        self._loop.call_soon_threadsafe(self._fan_out, message)
+        """Give a packed frame to all who can make use of it; called in the session's thread."""
+        now, always = time.monotonic(), protocol.must_be_seen(message)
+        if takers := [client for client in self._clients if client.wants(now, always)]:
+            self._loop.call_soon_threadsafe(self._fan_out, message, takers)
 
     def notify(self, event: dict[str, Any]) -> None:
         """Give an event to everybody; called in the session's thread."""
@@ -171,7 +182,7 @@ class Hub:
     async def _act(self, client: Client, message: protocol.Message) -> None:
         """Act on a message; what only the player may do is passed over when an onlooker asks."""
         if isinstance(message, protocol.Visible):
-            client.visible = message.on
+            client.visible, client.every_s = message.on, 1.0 / message.most if message.most else 0.0
             self._crowd_changed()
         elif isinstance(message, protocol.ListRecordings):
             files = await asyncio.to_thread(list_recordings, self.session.recordings)
@@ -231,8 +242,8 @@ class Hub:
             text = f"the verification ended with status {status}; see the server's output"
             self._tell_all({"t": "verified", "equal": False, "text": text})
 
-    def _fan_out(self, message: bytearray) -> None:
-        for client in self._clients:
+    def _fan_out(self, message: bytearray, takers: list[Client]) -> None:
+        for client in takers:
             client.offer(message)
 
     def _tell_all(self, event: dict[str, Any]) -> None:

@@ -144,6 +144,11 @@ def pack(frame: FrameMessage, codec: Codec = "raw") -> bytearray:
     return message
 
 
+def must_be_seen(message: bytearray) -> bool:
+    """Return whether a packed frame begins something: a page that passes over some must not pass over this one."""
+    return bool(Flag(message[3]) & (Flag.FIRST | Flag.ANCHORED))
+
+
 def for_client(message: bytearray, dropped: int, own_input: bool) -> bytes:
     """Return a copy of a packed frame for one client.
 
@@ -291,9 +296,10 @@ class Anchor:
 
 @dataclass(frozen=True, kw_only=True)
 class Visible:
-    """The page's tab is shown or hidden."""
+    """The page's tab is shown or hidden, and how many pictures a second it can make use of."""
 
     on: bool
+    most: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,7 +381,7 @@ def parse(text: str) -> Message:
     elif kind == "anchor":
         message = Anchor(id=fields.id())
     elif kind == "visible":
-        message = Visible(on=fields.boolean("on"))
+        message = Visible(on=fields.boolean("on"), most=fields.number("most", 1, 1000) if "most" in data else None)
     elif kind == "open":
         message = Open(name=fields.name("name"))
     elif kind == "verify":

@@ -30,12 +30,13 @@ let verifying = null;
 let charted = 0;
 let turn = 0;
 const paints = [];
+const MOST = 120; // pictures a second; no display that is common shows more, and each costs the server a wake
 const MAX_WAITING = 2; // two that came between two refreshes are both seen, unless more follow
 
 // ---- server to page
 
 const socket = new Socket({
-  onOpen: () => socket.send({ t: "visible", on: !document.hidden }),
+  onOpen: tellVisible,
   onFrame(buffer) {
     const frame = decode(buffer);
     if (frame.type === null) take(frame);
@@ -55,6 +56,10 @@ const socket = new Socket({
     veil(true, refused ? "The server closed this page" : "Server gone", `${reason || "The connection ended."} Trying again in ${wait / 1000} s.`, true);
   },
 });
+
+function tellVisible() {
+  socket.send({ t: "visible", on: !document.hidden, most: MOST });
+}
 
 function take(frame) {
   if (painted && frame.dropped > painted.dropped) behindUntil = performance.now() + 1500;
@@ -355,7 +360,7 @@ $("truth-on").onchange = ({ target }) => socket.send({ t: "truth", on: target.ch
 $("diff-on").onchange = refresh;
 $("help-open").onclick = help;
 $("retry").onclick = () => socket.connect();
-document.addEventListener("visibilitychange", () => socket.send({ t: "visible", on: !document.hidden }));
+document.addEventListener("visibilitychange", tellVisible);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   stage.theme();
   ledger.theme();
