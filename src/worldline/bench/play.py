@@ -256,8 +256,8 @@ def _report(result: dict[str, Any]) -> str:
         "two refreshes of the display it skips one. Between frames is measured from painting to painting; press to "
         "pixel from a key's event time to the painting of the first frame that applied it. A deadline is kept by a "
         "frame that is made, packed and handed over before the next one is due; a slot without a frame keeps none. "
-        "Unpaced frames are those that the engine made, whether the page took them or not: the bar is for the engine, the "
-        "true world switched off; with it the simulator takes a share of the cores. Coverage is the sum of the "
+        "Unpaced frames are those that the engine made, whether the page took them or not; the bar is for the engine, "
+        "with the true world switched off: its simulator takes a share of the cores. Coverage is the sum of the "
         "leaf spans over the busy time.",
         "",
         f"Again: `{made['command']}`",
