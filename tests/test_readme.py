@@ -63,7 +63,8 @@ def test_commands_and_links_exist(page: str) -> None:
 
 
 @needs_world
-def test_the_figures_are_those_of_the_reports() -> None:
-    command = [sys.executable, str(ROOT / "scripts/readme"), "--check"]
+@pytest.mark.parametrize("script", ["readme", "phases"])
+def test_the_figures_are_those_of_the_reports(script: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

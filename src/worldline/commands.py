@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_PORT = 8765
-BENCHMARKS = ("engine", "micro", "optimise", "plan", "play", "train")
+BENCHMARKS = ("determinism", "engine", "micro", "optimise", "plan", "play", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +253,14 @@ def _bench_plan(config: Any, flags: set[str]) -> int:
 
 def _bench_micro(config: Any, flags: set[str]) -> int:
     from worldline.bench.micro import run
+
+    started = time.monotonic()
+    wrote(run(config).parent, started)
+    return 0
+
+
+def _bench_determinism(config: Any, flags: set[str]) -> int:
+    from worldline.bench.determinism import run
 
     started = time.monotonic()
     wrote(run(config).parent, started)
@@ -527,7 +535,7 @@ COMMANDS: dict[str, Command] = {
             summary="timings of this machine, with what they mean, written to reports/",
             about="""
             Without a NAME every benchmark runs with its defaults. Each writes result.json and report.md into
-            reports/DATE-NAME. The names: engine, micro, optimise, plan, play, train.
+            reports/DATE-NAME. The names: determinism, engine, micro, optimise, plan, play, train.
             """,
             examples=(
                 ("worldline bench", "all of them"),
@@ -536,6 +544,16 @@ COMMANDS: dict[str, Command] = {
             ),
             run=_bench,
             path="name",
+        ),
+        Command(
+            name="bench determinism",
+            summary="what each level of determinism costs, and whether two processes give the same bits",
+            about="""
+            Plays the same session at determinism=off, run and machine in turns, in every mode of the world.
+            """,
+            examples=(("worldline bench determinism publish=docs/reports", "and the page in the documentation"),),
+            run=_bench_determinism,
+            config="worldline.bench.determinism:DeterminismBenchConfig",
         ),
         Command(
             name="bench engine",

@@ -51,6 +51,8 @@ class EngineBenchConfig:
     """float32, and on cuda bfloat16 or float16; the plain loop stays in float32."""
     reports: str = "reports"
     """Where `DATE-engine/` is written."""
+    determinism: Literal["run", "machine"] = "machine"
+    """What is promised about bits; `worldline bench determinism` compares the levels."""
     contracts: Literal["strict", "warn", "off"] = "strict"
     """Whether some frames are audited for what a warm frame must not do, and whether a breach ends the run."""
 
@@ -67,8 +69,8 @@ def run(config: EngineBenchConfig) -> Path:
         raise WorldlineError(f"the engine benchmark wants at least 200 frames, got {config.frames}")
     find_world(config.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
-        first = _elsewhere(config, Path(folder) / "session.wlr")
-        second = _elsewhere(config, None)
+        first = elsewhere(config, Path(folder) / "session.wlr")
+        second = elsewhere(config, None)
     figures = {
         "checkpoint": config.checkpoint,
         "fingerprint": first["fingerprint"],
@@ -100,7 +102,9 @@ def play(config: EngineBenchConfig, record: Path | None) -> dict[str, Any]:
     warm = config.frames // 10
     memory: list[dict[str, int]] = []
     began = time.perf_counter_ns()
-    with Engine(workload, record, ledger_frames=config.frames + 1, contracts=config.contracts) as engine:
+    with Engine(
+        workload, record, ledger_frames=config.frames + 1, contracts=config.contracts, determinism=config.determinism
+    ) as engine:
         engine.reset(config.seed)
         for index, action in enumerate(actions, start=1):
             engine.step(action)
@@ -139,7 +143,7 @@ def comparisons(config: EngineBenchConfig, actions: Float32[np.ndarray, "t a"]) 
     def stepping(threads: int = 1, record: Path | None = None, **options: Any) -> tuple[Engine, Any]:
         workload = open_workload(replace(config, **options))
         workload.threads = threads
-        engine = Engine(workload, record=record)
+        engine = Engine(workload, record=record, determinism=config.determinism)
         engine.reset(config.seed)
         return engine, lambda: engine.step(actions[engine.id % len(actions)])
 
@@ -282,7 +286,7 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _elsewhere(config: EngineBenchConfig, record: Path | None) -> dict[str, Any]:
+def elsewhere(config: EngineBenchConfig, record: Path | None) -> dict[str, Any]:
     """Run `play` in a fresh process."""
     code = (
         "import json, sys; from pathlib import Path; from worldline.bench.engine import EngineBenchConfig, play;"

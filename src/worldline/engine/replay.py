@@ -134,7 +134,7 @@ def verify(
         raise WorldlineError(f"{path}: holds no frame, so there is nothing to verify; record another session")
     engine = _engine_for(recording, workload)
     resting = None if other is None else _engine_for(recording, other)
-    here, there = engine.fingerprint, recording.header.fingerprint
+    here, there = engine.fingerprint, {"determinism": engine.determinism, **recording.header.fingerprint}
     differs = {
         key: (there.get(key, ""), here.get(key, "")) for key in {**there, **here} if there.get(key) != here.get(key)
     }
@@ -154,7 +154,7 @@ def verify(
             first_bad_frame=frame,
             stage=stage,
             tensor=tensor,
-            reason=reason + because,
+            reason=reason + because + (_RUN if engine.determinism == "run" else ""),
             differs=differs,
         )
 
@@ -205,8 +205,12 @@ def seek(path: str | Path, workload: Workload, frame_id: int) -> Engine:
     raise WorldlineError(f"{path}: holds no frame {frame_id}; it has {recording.frames} frames")
 
 
+_RUN = "; recorded with determinism=run, which promises equal bits within one process only"
+
+
 def _engine_for(recording: Recording, workload: Workload) -> Engine:
-    engine = Engine(workload)
+    promised = recording.header.fingerprint.get("determinism")
+    engine = Engine(workload, determinism="run" if promised == "run" else "machine")
     if engine.layout != recording.header.layout:
         raise WorldlineError(
             f"{recording.path}: recorded with another kind of world (fingerprint "

@@ -7,8 +7,8 @@ import json
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float32, UInt8
 
 from worldline.core.errors import WorldlineError
+from worldline.engine import determinism as levels
 from worldline.engine.contracts import Contracts, Level
 from worldline.engine.ledger import Ledger
 from worldline.engine.recording import HASH_BYTES, PROMPT_BYTES, Header, Kind, Layout, Recorder
@@ -36,6 +37,7 @@ class Frame:
     picture: UInt8[np.ndarray, "h w 3"]
     """A read-only view of the workload's buffer: copy it before the next frame if it is to be kept."""
     picture_hash: bytes
+    """This and the hashes below are empty, or stand still, with determinism=off."""
     chain: bytes
     """Hash over everything since the session began: causes, pictures and states."""
     marks: bytes
@@ -54,6 +56,7 @@ class Engine:
         snapshot_every: frames between two snapshots in a recording.
         outer_stages: names of spans that the caller adds to the ledger itself, such as sending.
         contracts: whether some frames are audited, and whether a broken contract ends the run; see `contracts.py`.
+        determinism: what is promised about bits; see `determinism.py`.
     """
 
     def __init__(
@@ -64,12 +67,16 @@ class Engine:
         outer_stages: Sequence[str] = (),
         ledger_frames: int = 4096,
         contracts: Level = "off",
+        determinism: levels.Level = "machine",
     ) -> None:
         if snapshot_every < 1:
             raise WorldlineError(f"snapshots need at least 1 frame between them, got {snapshot_every}")
         self.workload = workload
         self.snapshot_every = snapshot_every
-        self.fingerprint = workload.fingerprint()
+        self.determinism = determinism
+        self.fingerprint = {**workload.fingerprint(), "determinism": determinism}
+        self._cuda = self.fingerprint.get("device", "cpu") != "cpu"
+        levels.prepare(determinism, self._cuda)
         inner = tuple(stage.name for stage in workload.stages)
         self.ledger = Ledger(("input", "event", *inner, "hash", "record", *outer_stages), ledger_frames)
         self.contracts = Contracts(contracts)
@@ -248,6 +255,8 @@ class Engine:
         self.close()
 
     def _open(self, path: str | Path) -> Recorder:
+        if self.determinism == "off":
+            raise WorldlineError("determinism=off takes no hashes, so there is nothing to record; give run or machine")
         header = Header(
             fingerprint=self.fingerprint,
             layout=self.layout,
@@ -276,25 +285,19 @@ class Engine:
         for column in range(len(self._spans)):
             self._spans[column] = (0, 0)
 
-    @contextmanager
-    def _arithmetic(self) -> Iterator[None]:
-        """Inference mode and the number of threads belong to the thread that calls: set both, and put back."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.workload.threads)
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            torch.set_num_threads(before)
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return levels.arithmetic(self.determinism, self.workload.threads, self._cuda)
 
     def _finish(self, kind: Kind, cause: bytes, begin: int, deadline: int, started: int) -> Frame:
         """Hash, record and account for the frame in the buffers, from `started` on; the caller closes the ledger."""
         clock, column = time.perf_counter_ns, 2 + len(self.workload.stages)
         self._id += 1
-        picture = hashlib.blake2b(self._picture.data, digest_size=HASH_BYTES).digest()
-        marks = b"".join(hashlib.blake2b(view, digest_size=HASH_BYTES).digest() for view in self._views.values())
-        event = _EVENT.pack(kind, self._id, len(cause)) + cause + picture + marks
-        self._chain = hashlib.blake2b(self._chain + event, digest_size=HASH_BYTES).digest()
+        picture = marks = b""
+        if self.determinism != "off":
+            picture = hashlib.blake2b(self._picture.data, digest_size=HASH_BYTES).digest()
+            marks = b"".join(hashlib.blake2b(view, digest_size=HASH_BYTES).digest() for view in self._views.values())
+            event = _EVENT.pack(kind, self._id, len(cause)) + cause + picture + marks
+            self._chain = hashlib.blake2b(self._chain + event, digest_size=HASH_BYTES).digest()
         self._ready = True
         self._spans[column] = (started, clock() - started)
         if self._recorder is not None:

@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from worldline.core.errors import WorldlineError
+from worldline.engine.determinism import Level
 from worldline.engine.workloads.device_world import Dtype
 from worldline.engine.workloads.latent import LatentWorkload, Mode
 from worldline.model.checkpoint import read_card, shipped_worlds
@@ -90,6 +91,8 @@ class PlayConfig:
     """float32, and on cuda bfloat16 or float16."""
     recordings: str = "recordings"
     """Folder of replay files."""
+    determinism: Level = "machine"
+    """off, run or machine: no promise about bits, within this process, or on this machine."""
     codec: Codec = "raw"
     """How pictures travel: raw, webp (no loss, a twentieth of the bytes) or jpeg (some loss); for slow connections."""
     open_browser: bool = False
@@ -284,6 +287,7 @@ def _open(config: PlayConfig) -> tuple[list[Hub], list[Session], str]:
             fps=config.fps,
             label=f"-s{number}" if config.sessions > 1 else "",
             codec=config.codec,
+            determinism=config.determinism,
             publish=hub.publish,
             notify=hub.notify,
         )

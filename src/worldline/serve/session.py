@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from worldline.core.errors import WorldlineError
+from worldline.engine.determinism import Level
 from worldline.engine.pace import Pace
 from worldline.engine.recording import PICTURES, Kind, Record, Recording
 from worldline.engine.runtime import Engine, Frame
@@ -54,6 +55,7 @@ class Session:
     """One world, played by one person, seen by any number.
 
     Args:
+        determinism: what the engine promises about bits; `off` cannot be recorded.
         codec: how pictures travel; any but `raw` is made by a thread of its own, beside the next frame.
         label: of one of several sessions: goes into the names of its recordings, and its frames are due with theirs.
         publish: receives every packed frame, in the session's thread; it must not block.
@@ -70,10 +72,11 @@ class Session:
         fps: float | None = None,
         label: str = "",
         codec: protocol.Codec = "raw",
+        determinism: Level = "machine",
         publish: Callable[[bytearray], None],
         notify: Callable[[dict[str, Any]], None],
     ) -> None:
-        self.engine = Engine(workload, outer_stages=OUTER_STAGES)
+        self.engine = Engine(workload, outer_stages=OUTER_STAGES, determinism=determinism)
         self.recordings = recordings
         self.failure: BaseException | None = None
         """What ended the thread, if it did not end in order."""

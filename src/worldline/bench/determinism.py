@@ -1,0 +1,130 @@
+"""A price list: what each level of determinism costs, and whether it keeps what it promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from worldline.bench.engine import EngineBenchConfig, elsewhere, hand
+from worldline.bench.harness import compare
+from worldline.core.errors import WorldlineError
+from worldline.core.files import read_json, write_bytes
+from worldline.core.result import write_result
+from worldline.engine.determinism import Level
+from worldline.engine.runtime import Engine
+from worldline.engine.workloads.latent import LatentWorkload, Mode
+from worldline.engine.workloads.static_world import unsupported
+
+_CALLS = 10  # frames in a row, so that caches are as in a session
+_PAIRS: tuple[tuple[Level, Level], ...] = (("off", "run"), ("run", "machine"), ("off", "machine"))
+PROMISES: dict[Level, str] = {
+    "off": "none; no hashes, no recording",
+    "run": "equal actions give equal bits within one process",
+    "machine": "and across processes on one machine",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeterminismBenchConfig:
+    """What to play, and for how long."""
+
+    checkpoint: str
+    """A checkpoint, a run, or a shipped world's name."""
+    compare_seconds: float = 4.0
+    """Time for each comparison in turns."""
+    frames: int = 1_000
+    """Frames of each process whose hash chains are compared, at least 200."""
+    seed: int = 0
+    """Of the start and of the hand that steers."""
+    reports: str = "reports"
+    """Where `DATE-determinism/` is written."""
+    publish: str | None = None
+    """Where the page goes besides, such as docs/reports."""
+
+
+def run(config: DeterminismBenchConfig) -> Path:
+    """Compare the levels in turns, in every mode that the world has on a CPU, and chains across processes.
+
+    Writes `result.json` and `report.md`; returns the report's path.
+
+    Raises:
+        WorldlineError: no such checkpoint, or too short a time or too few frames to say anything.
+    """
+    if config.compare_seconds <= 0 or config.frames < 200:
+        raise WorldlineError(
+            "bench determinism needs compare_seconds > 0 and frames >= 200, got "
+            f"{config.compare_seconds} and {config.frames}"
+        )
+    torch.set_num_threads(1)
+    world = LatentWorkload.open(config.checkpoint, "eager").world
+    modes: list[Mode] = ["eager"] if unsupported(world) else ["graph", "eager"]
+    actions = hand(world.spec, 1000, config.seed)
+    timing: dict[str, Any] = {}
+    chains: dict[str, Any] = {}
+    for mode in modes:
+        timing[mode] = []
+        for pair in _PAIRS:
+            engines = [Engine(LatentWorkload.open(config.checkpoint, mode), determinism=level) for level in pair]
+            for engine in engines:
+                engine.reset(config.seed)
+            calls = [lambda e=engine: e.step(actions[e.id % len(actions)]) for engine in engines]
+            found = compare(
+                (pair[0], calls[0]), (pair[1], calls[1]), budget_s=config.compare_seconds, calls_a_turn=_CALLS
+            )
+            timing[mode].append(found.to_json())
+        played = EngineBenchConfig(checkpoint=config.checkpoint, frames=config.frames, seed=config.seed, mode=mode)
+        chains[mode] = [elsewhere(played, None)["chain"] for _ in range(2)]
+    folder = Path(config.reports) / f"{date.today():%Y-%m-%d}-determinism"
+    figures = {"checkpoint": config.checkpoint, "frames": config.frames, "chains": chains}
+    write_result(folder / "result.json", "bench-determinism", figures, timing)
+    page = render(read_json(folder / "result.json")).encode()
+    write_bytes(folder / "report.md", page)
+    if config.publish:
+        write_bytes(Path(config.publish) / "determinism.md", page)
+    return folder / "report.md"
+
+
+def render(result: dict[str, Any]) -> str:
+    """Write the page from `result.json` alone."""
+    made = result["provenance"]
+    lines = [
+        "# What determinism costs",
+        "",
+        f"`{result['checkpoint']}` on a CPU, frames per busy second at each level, pairs in turns of {_CALLS} frames "
+        "(AB BA AB ...), median ratio of times with its 95% interval.",
+        "",
+        "| level | promise |",
+        "|---|---|",
+        *(f"| `{level}` | {promise} |" for level, promise in PROMISES.items()),
+        "",
+        "| mode | A | B | A frames/s | B frames/s | time of B / time of A | B is |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for mode, pairs in result["timing"].items():
+        for found in pairs:
+            speeds = " | ".join(f"{1e9 / median:,.0f}" for median in found["medians"])
+            low, high = found["interval"]
+            names = " | ".join(found["names"])
+            told = f"{found['ratio']:.3f} ({low:.3f} to {high:.3f}), {found['rounds']} rounds | {found['verdict']}"
+            lines.append(f"| {mode} | {names} | {speeds} | {told} |")
+    lines.append("")
+    for mode, (first, second) in result["chains"].items():
+        told = f"the same hash chain (`{first}`)" if first == second else f"DIFFERENT hash chains: {first}, {second}"
+        lines.append(f"- {mode}, `machine`: two processes of {result['frames']:,} frames each end in {told}.")
+    told = " and ".join(f"{100 * (pairs[-1]['ratio'] - 1):.1f}% ({mode})" for mode, pairs in result["timing"].items())
+    lines += [
+        "",
+        f"From `off` to `machine` a frame takes {told} longer: hashes, settings made and put back around it, and "
+        "on a GPU other kernels. On CUDA: not yet measured.",
+        "",
+        f"Machine: {made['machine']['processor']}, {made['machine']['cores']} cores; torch "
+        f"{made['versions'].get('torch')}; commit {made['commit']}.",
+        "",
+        f"Again: `{made['command']}`",
+        "",
+    ]
+    return "\n".join(lines)
