@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_PORT = 8765
-BENCHMARKS = ("determinism", "engine", "micro", "optimise", "plan", "play", "train")
+BENCHMARKS = ("determinism", "engine", "micro", "optimise", "plan", "play", "storm", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +269,14 @@ def _bench_determinism(config: Any, flags: set[str]) -> int:
 
 def _bench_optimise(config: Any, flags: set[str]) -> int:
     from worldline.bench.optimise import run
+
+    started = time.monotonic()
+    wrote(run(config).parent, started)
+    return 0
+
+
+def _bench_storm(config: Any, flags: set[str]) -> int:
+    from worldline.bench.storm import run
 
     started = time.monotonic()
     wrote(run(config).parent, started)
@@ -535,7 +543,8 @@ COMMANDS: dict[str, Command] = {
             summary="timings of this machine, with what they mean, written to reports/",
             about="""
             Without a NAME every benchmark runs with its defaults. Each writes result.json and report.md into
-            reports/DATE-NAME. The names: determinism, engine, micro, optimise, plan, play, train.
+            reports/DATE-NAME. The names: determinism, engine, micro, optimise, plan, play,
+            storm, train.
             """,
             examples=(
                 ("worldline bench", "all of them"),
@@ -600,6 +609,17 @@ COMMANDS: dict[str, Command] = {
             examples=(("worldline bench plan checkpoint=runs/pusht-tiny", "with a world of your own"),),
             run=_bench_plan,
             config="worldline.bench.plan:PlanBenchConfig",
+        ),
+        Command(
+            name="bench storm",
+            summary="several sessions beside 200 clients that misbehave, and one under an input storm",
+            about="""
+            Garbage, floods, slow readers and half-open connections, against eight paced sessions whose deadlines are
+            counted by the server and whose recordings are replayed afterwards.
+            """,
+            examples=(("worldline bench storm clients=40 seconds=20", "a smaller one"),),
+            run=_bench_storm,
+            config="worldline.bench.storm:StormConfig",
         ),
         Command(
             name="bench train",

@@ -24,12 +24,17 @@ QUEUE = 2
 """Pictures that wait for a slow client; the oldest gives way."""
 MAX_EVENTS = 256
 """Events that may wait for a client; one that is further behind is let go."""
+MAX_CLIENTS = 16
+"""Pages of one session; each costs the others a share of every frame."""
+REFUSAL_S = 3.0
+"""Who finds the session full waits this long to hear it: a handshake costs the server more than a frame, and some would
+try again at once."""
 RATE, BURST = 400.0, 800.0
 """Messages a second that a client may send in the long run, and at once."""
 
 _WATCHING = "You are watching: the page that came first plays."
-UNSUPPORTED, INVALID, POLICY = 1003, 1007, 1008
-"""Close codes (RFC 6455): not text, not this protocol, too much."""
+UNSUPPORTED, INVALID, POLICY, LATER = 1003, 1007, 1008, 1013
+"""Close codes (RFC 6455): not text, not this protocol, too much, come again later."""
 
 
 class Client:
@@ -139,6 +144,10 @@ class Hub:
 
     async def attend(self, websocket: WebSocket) -> None:
         """Look after one accepted client until it leaves; garbage ends it with a code and a reason."""
+        if len(self._clients) >= MAX_CLIENTS:
+            await asyncio.sleep(REFUSAL_S)
+            await _close(websocket, LATER, f"{MAX_CLIENTS} pages look at this session already; come again later")
+            return
         client = Client(websocket)
         client.tell({**self._hello, "seed": self.session.status()["seed"]})
         self._clients.append(client)
