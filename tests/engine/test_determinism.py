@@ -51,6 +51,32 @@ def test_settings_are_made_and_put_back(level: Level, inside: tuple[object, ...]
         torch.set_num_threads(threads)
 
 
+def tf32() -> tuple[str, ...]:
+    """Of cuDNN, its convolutions, its recurrent layers, and cuBLAS; torch keeps these without a GPU too."""
+    cudnn = torch.backends.cudnn
+    return tuple(part.fp32_precision for part in (cudnn, cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul))
+
+
+def test_machine_turns_off_tf32_that_someone_asked_for() -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    untouched = tf32()
+    with arithmetic("machine", threads=1, cuda=True):
+        assert tf32() == ("ieee",) * 4
+    assert tf32() == untouched
+    cudnn.fp32_precision = "ieee"
+    assert tf32() == ("ieee",) * 4  # still following: being put back did not make their own of what they followed
+    cudnn.fp32_precision = "none"
+    rest = matmul.fp32_precision
+    try:
+        cudnn.conv.fp32_precision = matmul.fp32_precision = "tf32"  # a choice of their own, deaf to the parent's
+        asked = tf32()
+        with arithmetic("machine", threads=1, cuda=True):
+            assert tf32() == ("ieee",) * 4
+        assert tf32() == asked
+    finally:
+        cudnn.conv.fp32_precision, matmul.fp32_precision = "none", rest
+
+
 def play(level: Level, record: Path | None = None) -> tuple[list[np.ndarray], Engine]:
     with Engine(SmallWorld(), record=record, determinism=level) as engine:
         pictures = [engine.reset(3).picture.copy()]
@@ -102,6 +128,18 @@ def test_an_operation_without_a_fixed_result_is_found_at_machine() -> None:
     engine.reset(0)
     with pytest.raises(RuntimeError, match="deterministic"):
         engine.step(actions(1)[0])
+
+
+def test_a_process_that_only_warns_is_made_to_refuse() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        engine = Engine(Careless(), determinism="machine")
+        engine.reset(0)
+        with pytest.raises(RuntimeError, match="deterministic"):
+            engine.step(actions(1)[0])
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 TWIN = """

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -56,18 +56,21 @@ def arithmetic(level: Level, threads: int, cuda: bool = False) -> Iterator[None]
 
 
 def _be_deterministic(stack: ExitStack, cuda: bool) -> None:
-    if not torch.are_deterministic_algorithms_enabled():
+    enabled = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if not enabled or only_warns:
         torch.use_deterministic_algorithms(True)
-        stack.callback(torch.use_deterministic_algorithms, False)
+        stack.callback(torch.use_deterministic_algorithms, enabled, warn_only=only_warns)
     # new memory need not be filled: no stage reads what nobody has written, and a replay would show it
     settings: list[tuple[Any, str, Any]] = [(torch.utils.deterministic, "fill_uninitialized_memory", False)]
     if cuda:
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        matmul, cudnn = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)  # its conv has no type
         settings += [
             (cudnn, "deterministic", True),
             (cudnn, "benchmark", False),
-            (matmul, "fp32_precision", "ieee"),
+            # the parent first: those that follow it need no word, and are left following it
             (cudnn, "fp32_precision", "ieee"),
+            *((child, "fp32_precision", "ieee") for child in (cudnn.conv, cudnn.rnn, matmul)),
             (matmul, "allow_bf16_reduced_precision_reduction", False),
             (matmul, "allow_fp16_reduced_precision_reduction", False),
         ]
