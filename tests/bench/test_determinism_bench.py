@@ -44,6 +44,7 @@ def test_levels_are_compared_and_a_chain_that_differs_is_told(tmp_path: Path) ->
         [["off", "run"], ["run", "machine"], ["off", "machine"]]
     ] * 2
     assert "the same hash chain" in determinism.render(result)
+    assert [found["differs"] for found in result["threads"].values()] == [["threads"]] * 2
     other = copy.deepcopy(result)
     other["chains"]["eager"][1] = "ff"
     assert f"DIFFERENT hash chains: {other['chains']['eager'][0]}, ff" in determinism.render(other)
@@ -52,3 +53,9 @@ def test_levels_are_compared_and_a_chain_that_differs_is_told(tmp_path: Path) ->
 def test_too_few_frames_are_refused() -> None:
     with pytest.raises(WorldlineError, match="frames >= 200"):
         determinism.run(determinism.DeterminismBenchConfig(checkpoint="pusht", frames=10))
+
+
+def test_a_price_is_told_only_where_the_interval_leaves_out_none() -> None:
+    found = {"ratio": 1.05, "interval": (0.99, 1.1)}
+    assert determinism._price("graph", found) == "- graph: no price could be told from noise (-1.0% to +10.0% a frame)."
+    assert "+5.0% of its time more (+4.0% to +6.0%)" in determinism._price("graph", found | {"interval": (1.04, 1.06)})

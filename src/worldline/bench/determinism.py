@@ -7,7 +7,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float32
 
 from worldline.bench.engine import EngineBenchConfig, elsewhere, hand
 from worldline.bench.harness import compare
@@ -47,7 +49,7 @@ class DeterminismBenchConfig:
 
 
 def run(config: DeterminismBenchConfig) -> Path:
-    """Compare the levels in turns, in every mode that the world has on a CPU, and chains across processes.
+    """Compare the levels in turns, in every mode that the world has on a CPU; chains across processes and threads.
 
     Writes `result.json` and `report.md`; returns the report's path.
 
@@ -65,6 +67,7 @@ def run(config: DeterminismBenchConfig) -> Path:
     actions = hand(world.spec, 1000, config.seed)
     timing: dict[str, Any] = {}
     chains: dict[str, Any] = {}
+    threads: dict[str, Any] = {}
     for mode in modes:
         timing[mode] = []
         for pair in _PAIRS:
@@ -78,14 +81,33 @@ def run(config: DeterminismBenchConfig) -> Path:
             timing[mode].append(found.to_json())
         played = EngineBenchConfig(checkpoint=config.checkpoint, frames=config.frames, seed=config.seed, mode=mode)
         chains[mode] = [elsewhere(played, None)["chain"] for _ in range(2)]
+        threads[mode] = _threads(config, mode, actions)
     folder = Path(config.reports) / f"{date.today():%Y-%m-%d}-determinism"
-    figures = {"checkpoint": config.checkpoint, "frames": config.frames, "chains": chains}
+    figures = {"checkpoint": config.checkpoint, "frames": config.frames, "chains": chains, "threads": threads}
     write_result(folder / "result.json", "bench-determinism", figures, timing)
     page = render(read_json(folder / "result.json")).encode()
     write_bytes(folder / "report.md", page)
     if config.publish:
         write_bytes(Path(config.publish) / "determinism.md", page)
     return folder / "report.md"
+
+
+def _threads(config: DeterminismBenchConfig, mode: Mode, actions: Float32[np.ndarray, "t a"]) -> dict[str, Any]:
+    """Play the same 100 frames on one thread and on two; return both chains, and where the fingerprints part."""
+    engines = []
+    for count in (1, 2):
+        workload = LatentWorkload.open(config.checkpoint, mode)
+        workload.threads = count
+        engine = Engine(workload)
+        engine.reset(config.seed)
+        for action in actions[:100]:
+            engine.step(action)
+        engines.append(engine)
+    one, two = (engine.fingerprint for engine in engines)
+    return {
+        "chains": [engine.chain.hex() for engine in engines],
+        "differs": [key for key in one if one[key] != two[key]],
+    }
 
 
 def render(result: dict[str, Any]) -> str:
@@ -101,12 +123,15 @@ def render(result: dict[str, Any]) -> str:
         "|---|---|",
         *(f"| `{level}` | {promise} |" for level, promise in PROMISES.items()),
         "",
-        "| mode | A | B | A frames/s | B frames/s | time of B / time of A | B is |",
+        "| mode | A | B | A frames/s (quartiles) | B frames/s (quartiles) | time of B / time of A | B is |",
         "|---|---|---|---|---|---|---|",
     ]
     for mode, pairs in result["timing"].items():
         for found in pairs:
-            speeds = " | ".join(f"{1e9 / median:,.0f}" for median in found["medians"])
+            speeds = " | ".join(
+                f"{1e9 / median:,.0f} ({1e9 / slow:,.0f} to {1e9 / fast:,.0f})"
+                for median, (fast, slow) in zip(found["medians"], found["quartiles"], strict=True)
+            )
             low, high = found["interval"]
             names = " | ".join(found["names"])
             told = f"{found['ratio']:.3f} ({low:.3f} to {high:.3f}), {found['rounds']} rounds | {found['verdict']}"
@@ -115,11 +140,15 @@ def render(result: dict[str, Any]) -> str:
     for mode, (first, second) in result["chains"].items():
         told = f"the same hash chain (`{first}`)" if first == second else f"DIFFERENT hash chains: {first}, {second}"
         lines.append(f"- {mode}, `machine`: two processes of {result['frames']:,} frames each end in {told}.")
-    told = " and ".join(f"{100 * (pairs[-1]['ratio'] - 1):.1f}% ({mode})" for mode, pairs in result["timing"].items())
+    for mode, found in result["threads"].items():
+        bits = "the same bits" if len(set(found["chains"])) == 1 else "other bits"
+        where = ", ".join(found["differs"]) or "NOWHERE"
+        lines.append(f"- {mode}, one thread and two: {bits} after 100 frames; their fingerprints part in: {where}.")
+    lines += ["", *(_price(mode, pairs[-1]) for mode, pairs in result["timing"].items())]
     lines += [
         "",
-        f"From `off` to `machine` a frame takes {told} longer: hashes, settings made and put back around it, and "
-        "on a GPU other kernels. On CUDA: not yet measured.",
+        "What is paid for: hashes, settings made and put back around the frame, and on a GPU other kernels. "
+        "On CUDA: not yet measured.",
         "",
         f"Machine: {made['machine']['processor']}, {made['machine']['cores']} cores; torch "
         f"{made['versions'].get('torch')}; commit {made['commit']}.",
@@ -128,3 +157,13 @@ def render(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _price(mode: str, found: dict[str, Any]) -> str:
+    """Say what `machine` costs beside `off`, no more surely than the interval allows."""
+    least, most = (100 * (end - 1) for end in found["interval"])
+    if least <= 0 <= most:
+        return f"- {mode}: no price could be told from noise ({least:+.1f}% to {most:+.1f}% a frame)."
+    return (
+        f"- {mode}: a frame takes {100 * (found['ratio'] - 1):+.1f}% of its time more ({least:+.1f}% to {most:+.1f}%)."
+    )
