@@ -79,10 +79,11 @@ class Page:
 
 
 @contextmanager
-def running(checkpoint: Path, recordings: Path, **options: Any) -> Iterator[Server]:
-    """Run a server on a free port."""
+def running(checkpoint: Path, recordings: Path, first: str = "", **options: Any) -> Iterator[Server]:
+    """Run a server on a free port, after the statements `first`."""
     options = {"checkpoint": str(checkpoint), "port": 0, "recordings": str(recordings), **options}
-    process = subprocess.Popen([sys.executable, "-c", SERVER, repr(options)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", f"{first}\n{SERVER}", repr(options)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()

@@ -126,8 +126,12 @@ async def _crowd(config: StormConfig, address: str, pid: int) -> dict[str, Any]:
                 hostile = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-m", "worldline.bench.storm_clients", address),
                     *(str(config.clients), str(config.seconds)),
+                    stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                 )
+                assert hostile.stdin is not None
+                await asyncio.gather(*(_take(client, _WARM_UP_S, config.fps) for client in clients))
+                hostile.stdin.write(b"begin\n")
             taken = await asyncio.gather(*(_take(client, config.seconds, config.fps) for client in clients))
             parts[name] = [_summary(frames) for frames in taken]
             memory.append(_resident_bytes(pid))

@@ -1,5 +1,6 @@
 """Clients that misbehave, in a process of their own: python -m worldline.bench.storm_clients ADDRESS COUNT SECONDS
 
+They begin when a line comes in.
 A quarter each: garbage (what is no message of the protocol), floods (messages as fast as they go), slow readers (a
 small buffer, and nothing is ever read), half-open connections (a handshake that is begun, or cut by a reset). Who is
 thrown out comes again. Prints one JSON object: attempts and how they ended, by kind.
@@ -95,5 +96,6 @@ async def storm(host: str, count: int, seconds: float) -> dict[str, dict[str, in
 
 
 if __name__ == "__main__":
+    sys.stdin.readline()  # until then, this process has only begun
     found = asyncio.run(storm(urlsplit(sys.argv[1]).netloc, int(sys.argv[2]), float(sys.argv[3])))
     print(json.dumps(found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import hmac
 import ipaddress
 import secrets
@@ -31,6 +32,7 @@ from worldline.engine.determinism import Level
 from worldline.engine.workloads.device_world import Dtype
 from worldline.engine.workloads.latent import LatentWorkload, Mode
 from worldline.model.checkpoint import read_card, shipped_worlds
+from worldline.serve.gate import RECEIVE_BUFFER, Server, WebSocketProtocol
 from worldline.serve.hub import POLICY, Hub
 from worldline.serve.protocol import MAX_FPS, MAX_UP_BYTES, Codec
 from worldline.serve.recordings import find_recording
@@ -139,11 +141,13 @@ def serve(config: PlayConfig) -> None:
             if config.open_browser:
                 webbrowser.open(url)
 
+        gc.collect()
+        gc.freeze()  # a full collection looks at all that torch has loaded: several frames' time, each time
         app = make_app(hubs, sessions, local=local, token=token, ready=ready)
-        server = uvicorn.Server(
+        server = Server(
             uvicorn.Config(
                 app,
-                ws="websockets-sansio",
+                ws=WebSocketProtocol,
                 ws_max_size=4 * MAX_UP_BYTES,
                 ws_per_message_deflate=False,
                 access_log=False,
@@ -315,6 +319,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
         listener.bind(address[4])
         listener.listen(64)
     except OSError as error:

@@ -29,7 +29,7 @@ MAX_CLIENTS = 16
 REFUSAL_S = 3.0
 """Who finds the session full waits this long to hear it: a handshake costs the server more than a frame, and some would
 try again at once."""
-RATE, BURST = 400.0, 800.0
+RATE, BURST = 400.0, 200.0
 """Messages a second that a client may send in the long run, and at once."""
 
 _WATCHING = "You are watching: the page that came first plays."
