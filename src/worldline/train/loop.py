@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from worldline.core.errors import WorldlineError
+from worldline.core.memory import keep_freed_memory
 from worldline.core.progress import Task, progress
 from worldline.core.result import provenance, write_result
 from worldline.core.seeding import seed_for
@@ -79,6 +80,7 @@ class Training:
     """A run in progress: the world, what optimises it, and how far it has come."""
 
     def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
+        keep_freed_memory()
         self.config, self.dataset = config, dataset
         self.cache = FrameCache(dataset, config.model.image_size)
         self.validation = Validation(self.cache, config.model.context, config.validation_windows, config.seed)
