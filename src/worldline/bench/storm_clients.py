@@ -1,9 +1,8 @@
 """Clients that misbehave, in a process of their own: python -m worldline.bench.storm_clients ADDRESS COUNT SECONDS
 
-They begin when a line comes in.
-A quarter each: garbage (what is no message of the protocol), floods (messages as fast as they go), slow readers (a
-small buffer, and nothing is ever read), half-open connections (a handshake that is begun, or cut by a reset). Who is
-thrown out comes again. Prints one JSON object: attempts and how they ended, by kind.
+They begin when a line comes in. A quarter each: garbage (what is no message of the protocol), floods (messages as
+fast as they go), slow readers (a small buffer, and nothing is ever read), half-open connections (a handshake that is
+begun, or cut by a reset). Who is thrown out comes again. Prints one JSON object: attempts and how they ended, by kind.
 """
 
 from __future__ import annotations

@@ -79,8 +79,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self.close_sent:
-            if self._left >= 0 > self._left - len(data):
-                self.loop.call_later(_PARTING_S, self.transport.abort)
             self._left -= len(data)
-        if self._left >= 0:
-            super().data_received(data)
+            if self._left < 0:
+                self.transport.pause_reading()
+                self.loop.call_later(_PARTING_S, self.transport.abort)
+                return
+        super().data_received(data)
