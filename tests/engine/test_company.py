@@ -133,6 +133,30 @@ def test_one_that_never_comes_back_does_not_hang_the_others() -> None:
         company.gather(1)
 
 
+def test_one_draws_at_a_time_and_one_that_fails_lets_the_next_draw(checkpoint: Path) -> None:
+    first, second = ({stage.name: stage.run for stage in w.stages} for w in LatentWorkload.open_company(checkpoint, 2))
+    drawing = [name for name in first if name not in ("gather", "step", "turn")]
+    assert drawing == ["decode", "gauge", "cycle"]
+    with ThreadPoolExecutor(1) as pool:
+        first["turn"]()
+        turn = pool.submit(second["turn"])
+        for name in drawing:
+            assert not turn.done()
+            first[name]()
+        turn.result(timeout=10)
+    for name in drawing:
+        second[name]()
+
+    one, other = LatentWorkload.open_company(checkpoint, 2)
+    assert one._static is not None
+    one._static.run["encode"] = lambda: 1 // 0
+    for stage in one.stages[:-1]:
+        stage.run()
+    with pytest.raises(ZeroDivisionError):
+        one.stages[-1].run()
+    play(other, 0, 3)
+
+
 def test_misuse_is_told(checkpoint: Path) -> None:
     with pytest.raises(WorldlineError, match="at least 2 slots"):
         Company(make_world(), 1)

@@ -173,7 +173,8 @@ def _costs(config: AblateConfig, place: Path, data: Path) -> dict[str, Any]:
     """
     path = place / "costs.json"
     known = read_json(path) if path.exists() else {}
-    missing = [_named(text) for text in (*config.variants, *config.terms) if _named(text)[0] not in known]
+    wanted = (*(config.variants if config.seeds else ()), *(config.terms if config.term_seeds else ()))
+    missing = [_named(text) for text in wanted if _named(text)[0] not in known]
     rounds: dict[str, list[dict[str, dict[str, float]]]] = {}
     for _ in range(_COST_ROUNDS if missing else 0):
         for variant, options in missing:

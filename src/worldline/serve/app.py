@@ -56,6 +56,7 @@ _TITLES = {
     "input": "keys and pointer become an action",
     "event": "a reset or a re-anchor in place of a step",
     "gather": "waiting for the sessions that step together with this one",
+    "turn": "waiting for the sessions that draw before this one",
     "step": "the model imagines one step ahead, in latents",
     "gauge": "how far the latent is from those seen in training",
     "cycle": "the picture is encoded again, to see how far it lands from its latent",
@@ -85,6 +86,8 @@ class PlayConfig:
     """Of the first start; each seed is another one."""
     sessions: int = 1
     """Sessions that are played side by side; a page joins the first without a player, or ?session=K, from 0 on."""
+    truth: bool | None = None
+    """Begin with the true world beside, where there is one; null: if it is one session. A page can switch it."""
     mode: Mode = "auto"
     """auto, eager, graph or compile; auto is graph where the world has one."""
     device: str = "cpu"
@@ -286,6 +289,7 @@ def _open(config: PlayConfig) -> tuple[list[Hub], list[Session], str]:
         session = Session(
             workload,
             truth=truth,
+            truth_on=config.sessions == 1 if config.truth is None else config.truth,
             recordings=Path(config.recordings),
             seed=config.seed,
             fps=config.fps,

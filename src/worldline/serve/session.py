@@ -67,6 +67,7 @@ class Session:
         workload: LatentWorkload,
         *,
         truth: TrueWorld | None,
+        truth_on: bool = True,
         recordings: Path,
         seed: int = 0,
         fps: float | None = None,
@@ -83,7 +84,7 @@ class Session:
         self._workload, self._spec = workload, workload.world.spec
         self._playing = self.engine
         self._truth = truth
-        self._truth_on = truth is not None
+        self._truth_on = truth_on and truth is not None
         self._true_picture: UInt8[np.ndarray, "h w 3"] | None = None
         self._label = label
         self._seed, self._fps = seed, workload.fps if fps is None else fps

@@ -1,7 +1,8 @@
 """Several sessions on one model: their steps are one product, and nobody's bits depend on who else is there.
 
 A step reads megabytes of weights for a few kilobytes of state, so that eight of them together cost little more than
-one. Drawing and looking again have no such gain and stay with each session, in its own thread.
+one. Drawing and looking again have no such gain and stay with each session, in its own thread, one session after the
+other: their calls are so short that threads which make them side by side spend their time handing over Python's lock.
 
 The batch always has all its rows: those of slots that take no part hold what they held. A row's sums know nothing of
 other rows, so a slot's bits are those it would have alone in the same company; they are not those of another size of
@@ -30,8 +31,8 @@ _RECENT_S = 0.25
 class Company:
     """The step of one world, for `slots` sessions that each play in a thread of their own.
 
-    A session calls `gather` and then `step`. The first to gather waits for the others, those that have been stepping
-    lately, for at most `gather_ms`; then it computes for all that have come.
+    A session calls `gather`, `step` and `take_turn`, draws, and calls `end_turn`. The first to gather waits for the
+    others, those that have been stepping lately, for at most `gather_ms`; then it computes for all that have come.
 
     Args:
         timeout_s: how long a slot waits for the one that computes.
@@ -63,6 +64,7 @@ class Company:
         self._seen = [-_RECENT_S] * slots
         self._tick, self._running, self._failed = 0, False, -1
         self._done = -1
+        self._turn = threading.Lock()
 
     def sit(self, slot: int, action: Float[Tensor, "1 a"], z: Float[Tensor, "1 d"], h: Float[Tensor, "1 e"]) -> None:
         """Give a slot the tensors that its steps read (all three) and write (z and h)."""
@@ -114,6 +116,19 @@ class Company:
             with self._changed:
                 self._running, self._done, self._failed = False, tick, failed
                 self._changed.notify_all()
+
+    def take_turn(self) -> None:
+        """Wait until no other session draws.
+
+        Raises:
+            WorldlineError: the one that draws did not end.
+        """
+        if not self._turn.acquire(timeout=self._timeout_s):
+            raise WorldlineError(f"another session has been drawing for {self._timeout_s:g} s: is its thread stopped?")
+
+    def end_turn(self) -> None:
+        """Let the next session draw; after `take_turn`."""
+        self._turn.release()
 
     def step_all(self) -> None:
         """Step every slot that is taken, for one thread that plays them all."""

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -207,8 +208,9 @@ class LatentWorkload:
             together = (
                 Stage("gather", lambda: company.gather(slot), allocates=False, waits=True),
                 Stage("step", lambda: company.step(slot), tuple(self.state()), allocates=False, waits=True),
+                Stage("turn", company.take_turn, allocates=False, waits=True),
             )
-            self.stages = (*together, *self._drawing)
+            self.stages = (*together, *_in_turn(company, self._drawing))
 
     @classmethod
     def open(
@@ -343,3 +345,18 @@ class LatentWorkload:
         gauge = self.world.gauge
         gap = (self.world.encode(self._frame[None]) - self._z) @ gauge.whitening
         self.gauge[1] = float(gap.norm() / gauge.cycle99)
+
+
+def _in_turn(company: Company, drawing: tuple[Stage, ...]) -> list[Stage]:
+    """Return the stages so that the turn ends with the last one, or with the first that fails."""
+
+    def run_one(stage: Stage) -> None:
+        try:
+            stage.run()
+        except BaseException:
+            company.end_turn()
+            raise
+        if stage is drawing[-1]:
+            company.end_turn()
+
+    return [stage._replace(run=partial(run_one, stage)) for stage in drawing]
