@@ -261,7 +261,8 @@ def render(result: dict[str, Any]) -> str:
         f"## {config['clients']} hostile clients beside {config['sessions']} sessions at {config['fps']:g} FPS",
         "",
         f"{config['rounds']} rounds of three turns of {config['seconds']:g} s: alone, beside a process that only keeps "
-        "a core busy, and beside the hostile clients, whose own process keeps a core of the same machine busy, too.",
+        "a core busy, and beside the hostile clients, whose own process keeps a core of the same machine busy, too. No "
+        "session has its true world beside.",
         "",
         "| session | deadlines kept alone | spinning | crowded | busy p99 alone, ms | spinning | crowded | "
         "pictures dropped | replay |",
