@@ -81,6 +81,26 @@ print(verify(path, compiled).ok)
 """
 
 
+KEY = """
+import sys
+import torch._inductor.config
+from worldline.engine.workloads.latent import LatentWorkload
+torch._inductor.config.epilogue_fusion = sys.argv[2] == "fused"
+print(LatentWorkload.open(sys.argv[1], "compile").fingerprint()["compiled"])
+"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="apt-get install g++")
+def test_the_fingerprint_tells_what_was_compiled(checkpoint: Path) -> None:
+    """The same in another process, and not the same where the compiler was set otherwise."""
+    keys = [
+        subprocess.run([sys.executable, "-c", KEY, checkpoint, how], capture_output=True, text=True, check=True).stdout
+        for how in ("fused", "fused", "apart")
+    ]
+    assert len(keys[0].strip()) == 64
+    assert keys[0] == keys[1] != keys[2]
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="apt-get install g++")
 def test_compiled_it_is_near_and_replays_to_the_bit(checkpoint: Path, tmp_path: Path) -> None:
     """In a process of its own: torch's compiler does not see through the tests' type checks."""

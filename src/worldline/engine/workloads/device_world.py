@@ -10,6 +10,7 @@ Shape legend: d latent, a action, g readings.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from typing import Any, Literal
@@ -68,6 +69,8 @@ class DeviceWorld:
                 run()
             if mode == "graph":
                 runs = {name: _captured(run) for name, run in runs.items()}
+        self.compiled = _compiled_key() if mode == "compile" else ""
+        """What `torch.compile` made; equal keys, equal kernels."""
         events = [torch.cuda.Event(enable_timing=True) for _ in range(6)] if cuda else []
         self._events = events
         parts = {"h2d": self._send, **runs, "d2h": self._fetch}
@@ -157,3 +160,16 @@ def _captured(run: Callable[[], None]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def _compiled_key() -> str:
+    """Return a hash of the compile-cache keys of all that this process has compiled, autotuning included.
+
+    The keys cover the graphs, the compiler's settings, torch's version and the device; they do not depend on whether
+    the kernels came from the cache.
+    """
+    saved = torch.compiler.save_cache_artifacts()
+    if saved is None:
+        return "unknown: the compile cache is switched off"
+    keys = sorted(f"{kind} {key}" for kind, found in saved[1].artifacts.items() for key in found)
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()

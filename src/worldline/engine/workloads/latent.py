@@ -288,6 +288,7 @@ class LatentWorkload:
             "dtype": self.dtype,
             "mode": self.mode,
             "threads": str(self.threads),
+            **({"compiled": self.on_device.compiled} if self.mode == "compile" else {}),
             **({} if self._seat is None else {"slot": f"{self._seat[1]} of {self._seat[0].slots}"}),
             "torch": torch.__version__,
             "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
