@@ -213,7 +213,7 @@ def _world_table(result: dict[str, Any], world: str, variants: list[str]) -> lis
     ]
     heads += [f"{name}: R({horizon})" for name in factors]
     heads += [f"success at {', '.join(rows[0]['success'])}, %"] if planned else []
-    heads += ["updates", "CPU minutes", "PFLOP"]
+    heads += ["updates", "CPU minutes", "TFLOP"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for variant in variants:
         mine = [row for row in rows if row["variant"] == variant]
@@ -237,11 +237,11 @@ def _world_table(result: dict[str, Any], world: str, variants: list[str]) -> lis
             success = [np.mean([row["success"][offset] for row in mine]) for offset in mine[0]["success"]]
             cells.append(", ".join(f"{100 * rate:.0f}" for rate in success))
         minutes = np.median([row["cpu_seconds"] for row in mine]) / 60
-        flops = _petaflops(result, world, variant, mine[0]["updates"])
+        flops = _teraflops(result, world, variant, mine[0]["updates"])
         cells += [
             " + ".join(map(str, mine[0]["updates"])),
             f"{minutes:.1f}",
-            "n/a" if flops is None else f"{flops:.1f}",
+            "n/a" if flops is None else f"{flops:.1f}" if flops < 10 else f"{flops:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     if world in result["oracle"]:
@@ -277,12 +277,12 @@ def _correlation_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _petaflops(result: dict[str, Any], world: str, variant: str, updates: list[int]) -> float | None:
+def _teraflops(result: dict[str, Any], world: str, variant: str, updates: list[int]) -> float | None:
     cost = result["costs"].get(world, {}).get(variant)
     if not cost:
         return None
     steps = dict(zip(("joint", "frozen"), updates, strict=True))
-    return float(sum(steps[stage] * found["update_flops"] for stage, found in cost.items()) / 1e15)
+    return float(sum(steps[stage] * found["update_flops"] for stage, found in cost.items()) / 1e12)
 
 
 def _each(rows: list[dict[str, Any]], shown: Any) -> str:
@@ -300,7 +300,9 @@ def _shown_star(row: dict[str, Any]) -> str:
 
 
 def _two(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.2f}"
+    if value is None:
+        return "n/a"
+    return f"{value:.2f}" if abs(value) < 1e4 else f"{value:.0e}"
 
 
 def _difference(found: dict[str, Any] | None, digits: str = ".2f", scale: float = 1.0) -> str:
