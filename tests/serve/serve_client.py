@@ -38,6 +38,7 @@ class Server:
     @contextmanager
     def connect(self, query: str = "", **options: Any) -> Iterator[Page]:
         options.setdefault("origin", f"http://127.0.0.1:{self.port}")
+        options.setdefault("close_timeout", 1)  # a page that is behind does not read the answer
         with connect(f"ws://127.0.0.1:{self.port}/ws{query}", **options) as socket:
             yield Page(socket)
 

@@ -81,7 +81,21 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if self.close_sent:
             self._left -= len(data)
             if self._left < 0:
-                self.transport.pause_reading()
-                self.loop.call_later(_PARTING_S, self.transport.abort)
+                self._part()
                 return
         super().data_received(data)
+
+    def handle_parser_exception(self) -> None:
+        """Say what was wrong, and wait until it has arrived: closing with bytes unread resets the connection."""
+        said = self.conn.close_sent
+        assert said is not None
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": said.code, "reason": said.reason})
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent, self._left = True, -1
+        self._part()
+
+    def _part(self) -> None:
+        self.transport.pause_reading()
+        if self.close_timer is not None:
+            self.close_timer.cancel()
+        self.close_timer = self.loop.call_later(_PARTING_S, self.transport.abort)
