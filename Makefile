@@ -31,6 +31,7 @@ test: $(DEV_STAMP) debian
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy
+	find src/worldline/tinyengine -name '*pp' -exec $(BIN)/clang-format --dry-run --Werror {} +
 	$(BIN)/python -m pytest -n 2
 
 bench: $(DEV_STAMP)

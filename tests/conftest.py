@@ -16,6 +16,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reasons = {
         "gpu": "" if _has_cuda(items) else "needs a CUDA device",
         "browser": "" if shutil.which("chromium") and find_spec("playwright") else "needs chromium and playwright",
+        "cortex": ""
+        if shutil.which("arm-none-eabi-g++") and shutil.which("qemu-system-arm")
+        else "needs gcc-arm-none-eabi, libnewlib-arm-none-eabi, libstdc++-arm-none-eabi-newlib and qemu-system-arm",
     }
     for item in items:
         for marker, reason in reasons.items():

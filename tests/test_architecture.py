@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "train": FLOOR | {"data", "model", "train"},
     "planning": FLOOR | {"data", "model", "planning"},
     "engine": FLOOR | {"data", "model", "engine"},
+    "edge": FLOOR | {"data", "model", "edge"},
     "evaluate": FLOOR | {"data", "model", "planning", "evaluate"},
     "serve": FLOOR | {"data", "model", "planning", "engine", "serve"},
 }

@@ -1,0 +1,148 @@
+"""A program: everything TinyEngine needs to know of a world, in one block of bytes that it reads where it lies.
+
+The layout is that of the structures in `tinyengine/program.hpp`, `chain.hpp` and `stage.hpp`: little-endian 32-bit
+words; places are bytes from the beginning, those of rings, scratch, piece and sums from that of the arena.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worldline.edge.graph import Affine, Average, Chain, Flatten, Pixels, Rows, Stage
+
+MAGIC, VERSION = b"worldtin", 1
+ROW_ALIGN, BLOCK = 16, 4
+HEADER = struct.Struct("<8s14I")
+_KINDS = {"conv": 1, "depthwise": 2, "separable": 3, "average": 4, "max": 5}
+
+
+def padded(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+class Writer:
+    """Bytes with places: what is written can be pointed to."""
+
+    def __init__(self) -> None:
+        self.data = bytearray(HEADER.size)
+
+    def put(self, values: bytes | NDArray[Any], align: int = 16) -> int:
+        """Append bytes or an array (little-endian, as it is), and return where it lies."""
+        self.data += bytes(-len(self.data) % align)
+        at = len(self.data)
+        self.data += values if isinstance(values, bytes) else np.ascontiguousarray(values).tobytes()
+        return at
+
+    def put_words(self, *words: int) -> int:
+        return self.put(b"".join(struct.pack("<I", word & 0xFFFFFFFF) for word in words), align=4)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a streamed chain keeps what it needs, in bytes of the arena."""
+
+    rings: tuple[tuple[int, int], ...]
+    """Of each stage: where its last input rows are kept, and how many."""
+    scratch: int
+    piece: int
+    sums: int
+    end: int
+    """The first byte behind."""
+
+
+def plan_rows(chain: Chain, start: int) -> Plan:
+    """Lay a chain's rings, scratch, last piece and sums out, one behind the other."""
+    at, rings = padded(start, 8), []
+    for stage in chain.stages:
+        rows = min(stage.kernel // 2 + 1 if stage.upsample else stage.kernel, stage.size_in[0])
+        rings.append((at, rows))
+        at = padded(at + rows * stage.size_in[1] * stage.size_in[2], 8)
+    scratch = at
+    at += max(
+        (BLOCK + (stage.kind == "conv" and stage.kernel > 1)) * padded(stage.depth, ROW_ALIGN) for stage in chain.stages
+    )
+    piece = at
+    _, columns, channels = chain.stages[-1].size
+    if isinstance(chain.end, (Rows, Pixels)):
+        at += padded(columns * channels, 4) + (columns * 6 if isinstance(chain.end, Pixels) else 0)
+    else:
+        at += max(BLOCK, 1) * channels
+    sums = at = padded(at, 8)
+    if isinstance(chain.end, (Flatten, Average)):
+        at += 4 * (len(chain.end.matrix.weight) if isinstance(chain.end, Flatten) else channels)
+    return Plan(tuple(rings), scratch, piece, sums, at)
+
+
+def write_chain(out: Writer, chain: Chain, plan: Plan) -> int:
+    """Append a chain, and return where its record lies."""
+    records = b"".join(_stage(out, stage, *ring) for stage, ring in zip(chain.stages, plan.rings, strict=True))
+    stages_at, end = out.put(records), chain.end
+    matrix, mean, zeros, shades_at = None, (0, 0, 0), (0, 0), 0
+    if isinstance(end, Flatten):
+        matrix, zero_in = end.matrix, end.zero_in
+    elif isinstance(end, Average):
+        matrix, zero_in = end.matrix, end.mean_zero_out
+        mean = (0, int(end.mean_by.multiplier[0]), int(end.mean_by.shift[0]))
+        zeros = (end.mean_zero_in, end.mean_zero_out)
+    elif isinstance(end, Pixels):
+        shades_at = out.put(end.shades)
+    kind = {Rows: 1, Pixels: 2, Flatten: 3, Average: 4}[type(end)]
+    weights_at = by_at = num_outputs = 0
+    finish = (0, 0, 0)
+    if matrix is not None:
+        num_outputs, finish = len(matrix.weight), (matrix.zero_out, matrix.low, matrix.high)
+        weights_at, by_at = out.put(rows_of(matrix.weight)), out.put(channels_of(matrix, zero_in))
+    return out.put_words(
+        len(chain.stages), stages_at, kind, plan.scratch, plan.piece, plan.sums, num_outputs, weights_at, by_at,
+        shades_at, *finish, *mean, *zeros,
+    )  # fmt: skip
+
+
+def rows_of(weight: NDArray[np.int8]) -> NDArray[np.int8]:
+    """Return a matrix with each row filled up with zeros."""
+    flat = weight.reshape(len(weight), -1)
+    return np.pad(flat, ((0, 0), (0, -flat.shape[1] % ROW_ALIGN)))
+
+
+def channels_of(affine: Affine, zero_in: int, axes: tuple[int, ...] = (1,)) -> NDArray[np.int32]:
+    """Return bias (the input's zero point accounted for), multiplier and shift of every channel."""
+    weight = affine.weight.reshape(len(affine.weight), -1) if axes == (1,) else affine.weight
+    bias = affine.bias.astype(np.int64) - zero_in * weight.astype(np.int64).sum(axis=axes)
+    return np.stack((bias, affine.by.multiplier, affine.by.shift), axis=1).astype("<i4")
+
+
+def finish_program(out: Writer, arena_bytes: int, places: tuple[int, ...]) -> bytes:
+    """Fill the header in and return the program."""
+    out.put(b"")
+    body = zlib.crc32(out.data[HEADER.size :])
+    words = (VERSION, len(out.data), body, arena_bytes, *places)
+    HEADER.pack_into(out.data, 0, MAGIC, *words, *([0] * (14 - len(words))))
+    return bytes(out.data)
+
+
+def _stage(out: Writer, stage: Stage, ring_at: int, ring_rows: int) -> bytes:
+    middle, outer = (0, 0, 0), (0, 0, 0)
+    middle_weights_at = middle_by_at = weights_at = by_at = 0
+    zero = stage.zero_in
+    if stage.depthwise is not None:
+        a = stage.depthwise
+        middle, zero = (a.zero_out, a.low, a.high), a.zero_out
+        middle_weights_at = out.put(a.weight.astype("<i2"))
+        middle_by_at = out.put(channels_of(a, stage.zero_in, axes=(0, 1)))
+    if stage.conv is not None:
+        a = stage.conv
+        outer = (a.zero_out, a.low, a.high)
+        weights_at, by_at = out.put(rows_of(a.weight)), out.put(channels_of(a, zero))
+    padding_at = out.put(np.full(stage.size_in[2], stage.zero_in, dtype=np.int8))
+    words = (
+        _KINDS[stage.kind], *stage.size_in, *stage.size, stage.kernel, stage.stride, *stage.padding,
+        int(stage.upsample), stage.zero_in, *middle, *outer, middle_weights_at, middle_by_at, weights_at, by_at,
+        stage.depth, padding_at, ring_at, ring_rows,
+    )  # fmt: skip
+    return struct.pack(f"<{len(words)}I", *(word & 0xFFFFFFFF for word in words))

@@ -1,0 +1,15 @@
+// One variant of the kernels, chosen when compiling; all give the same bytes.
+#ifndef TINYENGINE_KERNELS_HPP
+#define TINYENGINE_KERNELS_HPP
+
+#if defined(TINYENGINE_SCALAR)
+#include "kernels_scalar.hpp"
+#elif defined(__ARM_FEATURE_MVE) && (__ARM_FEATURE_MVE & 1)
+#include "kernels_mve.hpp"
+#elif defined(__ARM_FEATURE_DSP) && __ARM_FEATURE_DSP
+#include "kernels_dsp.hpp"
+#else
+#include "kernels_scalar.hpp"
+#endif
+
+#endif

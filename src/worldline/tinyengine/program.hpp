@@ -1,0 +1,229 @@
+// A program is read where it lies, in flash or in a file's memory, and is checked as a whole before anything runs.
+#ifndef TINYENGINE_PROGRAM_HPP
+#define TINYENGINE_PROGRAM_HPP
+
+#include "chain.hpp"
+
+namespace tinyengine {
+
+constexpr uint32_t kVersion = 1;
+
+// The first bytes of a program. A place of 0 means that the program lacks that part.
+struct Header {
+  char magic[8];  // worldtin
+  uint32_t version;
+  uint32_t size_bytes;
+  uint32_t checksum;  // CRC-32 of everything behind this header
+  uint32_t arena_bytes;
+  uint32_t encoder_at, decoder_at, predictor_at, gauge_at;
+  uint32_t reserved[6];
+};
+
+inline uint32_t crc32(const uint8_t* bytes, size_t n) {
+  // four bits at a time: a table that fits into flash without being felt
+  static constexpr uint32_t kTable[16] = {0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4,
+                                          0x4db26158, 0x5005713c, 0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c,
+                                          0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
+  uint32_t crc = 0xffffffff;
+  for (size_t i = 0; i < n; ++i) {
+    crc = kTable[(crc ^ bytes[i]) & 15] ^ (crc >> 4);
+    crc = kTable[(crc ^ static_cast<uint32_t>(bytes[i] >> 4)) & 15] ^ (crc >> 4);
+  }
+  return ~crc;
+}
+
+// Checks that no size or place in a program leads outside it or its arena, and that no accumulator can overflow.
+class Checker {
+ public:
+  Checker(const uint8_t* program, uint32_t size, uint32_t arena) : program_(program), size_(size), arena_(arena) {}
+
+  template <class T>
+  const T* record(uint32_t at, uint64_t count = 1) const {
+    const bool fits =
+        at >= sizeof(Header) && at % 4 == 0 && count * sizeof(T) <= size_ && at <= size_ - count * sizeof(T);
+    return fits ? reinterpret_cast<const T*>(program_ + at) : nullptr;
+  }
+
+  bool arena(uint32_t at, uint64_t count, uint32_t align) const {
+    return at % align == 0 && count <= arena_ && at <= arena_ - count;
+  }
+
+  // A bias that leaves room for `depth` products of int8.
+  bool channels(uint32_t at, uint32_t count, uint64_t depth) const {
+    const Channel* by = record<Channel>(at, count);
+    if (by == nullptr || depth > kMaxDepth) {
+      return false;
+    }
+    const int64_t room = (int64_t{1} << 30) - static_cast<int64_t>(depth) * 128 * 128;
+    for (uint32_t o = 0; o < count; ++o) {
+      const bool scale = by[o].multiplier >= 0 && by[o].shift >= 1 && by[o].shift <= 31;
+      if (!scale || by[o].bias >= room || -static_cast<int64_t>(by[o].bias) >= room) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  bool matrix(uint32_t weights_at, uint32_t by_at, uint32_t rows, uint64_t depth) const {
+    return within(rows, 1, kMaxSide * kMaxSide) && depth <= kMaxDepth &&
+           record<int8_t>(weights_at, rows * static_cast<uint64_t>(padded(static_cast<size_t>(depth), kRowAlign))) !=
+               nullptr &&
+           channels(by_at, rows, depth);
+  }
+
+  static bool within(uint32_t x, uint32_t low, uint32_t high) { return x >= low && x <= high; }
+
+  static bool bytes(const Finish& f) {
+    return f.low >= -128 && f.high <= 127 && f.low <= f.high && f.zero >= -128 && f.zero <= 127;
+  }
+
+  bool stage(const Stage& s) const {
+    const bool conv = s.kind == Kind::conv || s.kind == Kind::separable;
+    const bool deep = s.kind == Kind::depthwise || s.kind == Kind::separable;
+    const bool pool = s.kind == Kind::average_pool || s.kind == Kind::max_pool;
+    if (!(conv || deep || pool) || !within(s.kernel, 1, kMaxKernel) || !within(s.stride, 1, 16) || s.top >= s.kernel ||
+        s.left >= s.kernel || s.upsample > (s.kind == Kind::conv ? 1u : 0u) || (pool && (s.top != 0 || s.left != 0)) ||
+        s.zero_in < -128 || s.zero_in > 127) {
+      return false;
+    }
+    const uint32_t sides[] = {s.in_rows, s.in_columns, s.in_channels, s.rows, s.columns, s.channels};
+    for (uint32_t side : sides) {
+      if (!within(side, 1, kMaxSide)) {
+        return false;
+      }
+    }
+    const uint32_t high = s.in_rows << s.upsample;
+    const uint32_t wide = s.in_columns << s.upsample;
+    // the last row and column begin inside; those of pools end there too
+    const uint32_t reach = pool ? s.kernel : 1;
+    if ((s.rows - 1) * s.stride + reach > high + s.top || (s.columns - 1) * s.stride + reach > wide + s.left) {
+      return false;
+    }
+    if (!conv && s.channels != s.in_channels) {
+      return false;
+    }
+    if (deep) {
+      const uint32_t taps = s.kernel * s.kernel;
+      if (record<int16_t>(s.middle_weights_at, uint64_t{taps} * s.in_channels) == nullptr || !bytes(s.middle) ||
+          !channels(s.middle_by_at, s.in_channels, taps) ||
+          !eights(s.middle_weights_at, uint64_t{taps} * s.in_channels)) {
+        return false;
+      }
+    }
+    if (conv) {
+      const uint32_t area = s.kind == Kind::conv ? s.kernel * s.kernel : 1;
+      if (s.depth != area * s.in_channels || !bytes(s.out) || !matrix(s.weights_at, s.by_at, s.channels, s.depth)) {
+        return false;
+      }
+    }
+    const uint32_t least = s.upsample != 0 ? s.kernel / 2 + 1 : s.kernel;
+    const bool whole = s.ring_rows >= (least < s.in_rows ? least : s.in_rows);
+    return record<int8_t>(s.padding_at, s.in_channels) != nullptr && whole && s.ring_rows <= kMaxSide &&
+           arena(s.ring_at, uint64_t{s.ring_rows} * s.in_columns * s.in_channels, 1);
+  }
+
+  bool chain(uint32_t at) const {
+    const Chain* c = record<Chain>(at);
+    if (c == nullptr || !within(c->num_stages, 1, kMaxStages)) {
+      return false;
+    }
+    const Stage* stages = record<Stage>(c->stages_at, c->num_stages);
+    if (stages == nullptr) {
+      return false;
+    }
+    uint64_t scratch = 0;
+    for (size_t i = 0; i < c->num_stages; ++i) {
+      const Stage& s = stages[i];
+      if (!stage(s)) {
+        return false;
+      }
+      if (i > 0) {
+        const Stage& before = stages[i - 1];
+        if (before.rows != s.in_rows || before.columns != s.in_columns || before.channels != s.in_channels) {
+          return false;
+        }
+      }
+      const uint64_t wanted = stage_scratch_bytes(s);
+      scratch = wanted > scratch ? wanted : scratch;
+    }
+    const Stage& last = stages[c->num_stages - 1];
+    const uint64_t row = uint64_t{last.columns} * last.channels;
+    if (!arena(c->scratch_at, scratch, 8)) {
+      return false;
+    }
+    switch (c->end) {
+      case End::rows:
+        return arena(c->piece_at, row, 4);
+      case End::pixels:
+        return last.channels == 12 && record<uint8_t>(c->shades_at, 256) != nullptr &&
+               arena(c->piece_at, padded(static_cast<size_t>(row), 4) + uint64_t{last.columns} * 6, 4);
+      case End::flatten:
+        return wide(c->out) && matrix(c->weights_at, c->by_at, c->num_outputs, row * last.rows) &&
+               arena(c->piece_at, kBlock * uint64_t{last.channels}, 4) &&
+               arena(c->sums_at, 4 * uint64_t{c->num_outputs}, 4);
+      case End::average:
+        return wide(c->out) && matrix(c->weights_at, c->by_at, c->num_outputs, last.channels) &&
+               row * last.rows <= (1u << 22) && c->mean.multiplier >= 0 && c->mean.shift >= -16 &&
+               c->mean.shift <= 31 && c->mean_zero_in >= -128 && c->mean_zero_in <= 127 && c->mean_zero_out >= -128 &&
+               c->mean_zero_out <= 127 && arena(c->piece_at, kBlock * uint64_t{last.channels}, 4) &&
+               arena(c->sums_at, 4 * uint64_t{last.channels}, 4);
+    }
+    return false;
+  }
+
+ private:
+  static constexpr uint32_t kMaxSide = 4096;
+  static constexpr uint64_t kMaxDepth = 1 << 15;
+
+  static bool wide(const Finish& f) {
+    return f.low >= -32768 && f.high <= 32767 && f.low <= f.high && f.zero >= -32768 && f.zero <= 32767;
+  }
+
+  // Weights that are kept as int16 for speed are int8 all the same.
+  bool eights(uint32_t at, uint64_t count) const {
+    const int16_t* weights = reinterpret_cast<const int16_t*>(program_ + at);
+    for (uint64_t i = 0; i < count; ++i) {
+      if (weights[i] < -128 || weights[i] > 127) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  const uint8_t* program_;
+  uint32_t size_;
+  uint32_t arena_;
+};
+
+// Check a program: `size_bytes` is what the caller has of it. It must be aligned to 16 bytes, as its arena.
+inline Status check(const uint8_t* program, size_t size_bytes, const uint8_t* arena, size_t arena_bytes) {
+  if (program == nullptr || arena == nullptr || reinterpret_cast<uintptr_t>(program) % 16 != 0) {
+    return Status::bad_argument;
+  }
+  const Header& header = *reinterpret_cast<const Header*>(program);
+  if (size_bytes < sizeof(Header) || load4(header.magic) != 0x6c726f77 || load4(header.magic + 4) != 0x6e697464) {
+    return Status::not_a_program;
+  }
+  if (header.version != kVersion) {
+    return Status::other_version;
+  }
+  if (header.size_bytes < sizeof(Header) || header.size_bytes > size_bytes ||
+      crc32(program + sizeof(Header), header.size_bytes - sizeof(Header)) != header.checksum) {
+    return Status::damaged;
+  }
+  if (arena_bytes < header.arena_bytes || reinterpret_cast<uintptr_t>(arena) % 16 != 0) {
+    return Status::small_arena;
+  }
+  const Checker checker(program, header.size_bytes, header.arena_bytes);
+  const uint32_t chains[] = {header.encoder_at, header.decoder_at};
+  for (uint32_t at : chains) {
+    if (at != 0 && !checker.chain(at)) {
+      return Status::bad_program;
+    }
+  }
+  return Status::ok;
+}
+
+}  // namespace tinyengine
+
+#endif

@@ -1,0 +1,82 @@
+"""Chains of stages give the reference's bytes: on this machine, and on every Cortex-M that QEMU has."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from random_chains import random_chain
+
+from worldline.edge import cases
+from worldline.edge.build import BOARDS
+from worldline.edge.graph import Chain
+from worldline.edge.tflite import read_chain
+
+DS96 = Path(__file__).parents[1] / "data/ds96_int8.tflite"
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ (apt-get install g++)")
+
+
+def random_cases(seed: int, count: int, channels: int = 20) -> list[tuple[Chain, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [random_chain(lambda low, high: int(rng.integers(low, high + 1)), channels) for _ in range(count)]
+
+
+def assert_equal(target, image, chosen) -> None:
+    outcomes = cases.run_cases(target, image, [cases.case_of(chain, picture) for chain, picture in chosen])
+    for i, ((chain, picture), outcome) in enumerate(zip(chosen, outcomes, strict=True)):
+        kinds = [(s.kind, s.size_in, s.size, s.kernel, s.stride, s.padding, s.upsample) for s in chain.stages]
+        assert outcome.status == "ok", f"case {i}: {outcome.status} for {kinds}"
+        got, want = cases.values_of(chain, outcome.result), chain.run(picture)[0]
+        np.testing.assert_array_equal(got, want, err_msg=f"case {i}: {kinds}, {type(chain.end).__name__}")
+
+
+@needs_compiler
+def test_two_thousand_random_chains_give_the_references_bytes(tmp_path):
+    assert_equal(None, cases.compile_cases(None, tmp_path), random_cases(0, 2000))
+
+
+@pytest.mark.cortex
+@pytest.mark.parametrize(
+    ("board", "options"),
+    [("m4", ()), ("m4", ("-DTINYENGINE_SCALAR",)), ("m7", ()), ("m33", ()), ("m55", ()), ("stm32f405", ())],
+    ids=["m4", "m4-scalar", "m7", "m33", "m55", "stm32f405"],
+)
+def test_random_chains_give_the_same_bytes_on_a_board(tmp_path, board, options):
+    image = cases.compile_cases(BOARDS[board], tmp_path, options)
+    chosen = [c for c in random_cases(1, 150, 20) if len(cases.case_of(*c).program) < 20_000]
+    assert len(chosen) > 100
+    assert_equal(BOARDS[board], image, chosen)
+
+
+@needs_compiler
+def test_a_changed_bit_is_noticed(tmp_path):
+    image = cases.compile_cases(None, tmp_path)
+    chain, picture = random_cases(2, 1)[0]
+    case = cases.case_of(chain, picture)
+    damaged = bytearray(case.program)
+    damaged[len(damaged) // 2] ^= 1
+    (outcome,) = cases.run_cases(None, image, [replace(case, program=bytes(damaged))])
+    assert outcome.status == "damaged"
+    other = (chain.stages[0].conv or chain.stages[0].depthwise).weight
+    other[...] ^= 1  # of the reference, not of the program
+    (outcome,) = cases.run_cases(None, image, [case])
+    assert (cases.values_of(chain, outcome.result) != chain.run(picture)[0]).any()
+
+
+@pytest.mark.cortex
+@pytest.mark.parametrize(("board", "most"), [("m4", 14.0e6), ("m55", 5.0e6)])
+def test_the_reference_graph_keeps_to_its_budget(tmp_path, board, most):
+    """DS96: TensorFlow Lite Micro's bytes, in fewer instructions, a tenth of its arena and 15 KB with the stack."""
+    chain = read_chain(DS96)
+    pictures = np.random.default_rng(3).integers(-128, 128, (2, 1, 96, 96, 3)).astype(np.int8)
+    target = BOARDS[board]
+    chosen = [cases.case_of(chain, picture) for picture in pictures]
+    for picture, outcome in zip(
+        pictures, cases.run_cases(target, cases.compile_cases(target, tmp_path), chosen), strict=True
+    ):
+        np.testing.assert_array_equal(cases.values_of(chain, outcome.result), chain.run(picture)[0])
+        assert outcome.ticks * target.instructions_per_tick < most
+        assert chosen[0].arena_bytes + outcome.stack_bytes <= 16_008
