@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from worldline.edge import integer
 from worldline.edge.graph import Affine, Average, Chain, Flatten, Pixels, Rows, Stage
+from worldline.edge.world import Dense, IntegerWorld
 
 MAGIC, VERSION = b"worldtin", 1
 ROW_ALIGN, BLOCK = 16, 4
@@ -124,6 +126,35 @@ def finish_program(out: Writer, arena_bytes: int, places: tuple[int, ...]) -> by
     words = (VERSION, len(out.data), body, arena_bytes, *places)
     HEADER.pack_into(out.data, 0, MAGIC, *words, *([0] * (14 - len(words))))
     return bytes(out.data)
+
+
+def write_world(world: IntegerWorld) -> tuple[bytes, int]:
+    """Return a world as a program, and the bytes of the arena that it wants."""
+    out, p, hidden = Writer(), world.predictor, world.hidden
+    latent, action = p.change.weight.shape[0], len(world.action_mean)
+    encoder_plan = plan_rows(world.encoder, 0)
+    decoder_plan = plan_rows(world.decoder, encoder_plan.end)
+    at, places = padded(decoder_plan.end, 16), []
+    for count in (padded(latent, ROW_ALIGN) + hidden, latent + action, hidden, hidden, hidden, latent, latent):
+        places.append(at)
+        at += 2 * padded(count, ROW_ALIGN)
+    encoder_at = write_chain(out, world.encoder, encoder_plan)
+    tables = [np.append(integer.table(name), 0).astype("<i2") for name in ("sigmoid", "tanh")]
+    tables_at = out.put(np.concatenate(tables))
+    matrices = (p.embed, p.input_gates, p.hidden_gates, p.from_hidden, p.from_input, p.change)
+    dense = [word for matrix in matrices for word in _dense(out, matrix)]
+    predictor_at = out.put_words(latent, action, hidden, p.radius, tables_at, *dense, *places[:5])
+    drawing_at = out.put_words(*_dense(out, world.drawing.matrix), world.drawing.zero_out)
+    decoder_at = write_chain(out, world.decoder, decoder_plan)
+    mean_at = out.put(world.gauge.mean.astype("<i2"))
+    gauge_at = out.put_words(mean_at, *_dense(out, world.gauge.whiten), world.gauge.radius99, *places[5:])
+    return finish_program(out, at, (encoder_at, predictor_at, drawing_at, decoder_at, gauge_at)), at
+
+
+def _dense(out: Writer, dense: Dense) -> tuple[int, ...]:
+    channels = np.stack((dense.bias, dense.by.multiplier, dense.by.shift), axis=1).astype("<i4")
+    rows, inputs = dense.weight.shape
+    return inputs, rows, out.put(rows_of(dense.weight)), out.put(channels)
 
 
 def _stage(out: Writer, stage: Stage, ring_at: int, ring_rows: int) -> bytes:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from worldline.core.errors import WorldlineError
 from worldline.edge import integer
 from worldline.edge.graph import Affine, Chain, Flatten, Pixels, Size, Stage
-from worldline.edge.world import Dense, Drawing, IntegerWorld, Predictor
+from worldline.edge.world import Dense, Drawing, Gauge, IntegerWorld, Predictor
 from worldline.model.conv import ConvEncoder
 from worldline.model.predictor import GRUPredictor
 from worldline.model.world import World
@@ -26,6 +26,7 @@ from worldline.model.world import World
 _MARGIN = 1.25  # int16 ranges beyond what calibration saw: a bit is cheap there, and saturation is not
 _GATE = 1 / 4096
 _HIDDEN = 1 / 32768
+_WHITE = 1 / 1024
 _PIXEL = 1 / 127.5
 
 
@@ -64,6 +65,7 @@ def quantise(world: World, data: Calibration) -> IntegerWorld:
         predictor=predictor,
         drawing=drawing,
         decoder=decoder,
+        gauge=_gauge(world, scale),
         scale=scale,
         action_mean=world.action_mean.double().numpy(),
         action_std=world.action_std.double().numpy(),
@@ -125,7 +127,8 @@ def _encoder(world: World, frames: UInt8[Tensor, "n h w 3"], z_scale: float) -> 
     stages: list[Stage] = []
     blocks = (cast(nn.Sequential, block) for block in encoder.blocks)
     halves = [encoder.stem, *(part for block in blocks for part in (block[:3], block[3:])), encoder.head]
-    for conv, norm, activation in (cast(tuple[nn.Conv2d, nn.BatchNorm2d, nn.Module], tuple(part)) for part in halves):
+    for part in halves:
+        conv, norm, activation = cast(tuple[nn.Conv2d, nn.BatchNorm2d, nn.Module], tuple(cast(nn.Sequential, part)))
         real = activation(norm(conv(real)))
         stage, grid = _stage(conv, *_folded(conv, norm), grid, real, whole)
         whole = stage.run(whole)
@@ -165,6 +168,18 @@ def _decoder(world: World, z: Float[Tensor, "n d"], scale: float) -> tuple[Drawi
         stages.append(stage)
     shades = np.round(255 / (1 + np.exp(-grid.scale * (np.arange(-128, 128) - grid.zero))))
     return drawing, Chain(stages=tuple(stages), end=Pixels(shades=shades.astype(np.uint8)))
+
+
+def _gauge(world: World, scale: float) -> Gauge:
+    if not world.gauge.fitted:
+        raise WorldlineError("this world's drift gauge has not been fitted; finish its training, or call gauge.fit")
+    whitening = _array(world.gauge.whitening).T
+    mean = integer.saturate(np.round(_array(world.gauge.mean) / scale).astype(np.int64), 16).astype(np.int16)
+    return Gauge(
+        mean=mean,
+        whiten=_dense(whitening, np.zeros(len(whitening)), scale, _WHITE),
+        radius99=max(1, round(float(world.gauge.radius99) / _WHITE)),
+    )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ class Dense:
     bias: Int32[np.ndarray, " o"]
     by: WideScaling
 
+    def __post_init__(self) -> None:
+        if (self.by.shift < 15).any():
+            raise WorldlineError("the factors of an int16 matrix must be below 1; widen its output's scale")
+
     def run(self, x: Int16[np.ndarray, "b n"]) -> Int64[np.ndarray, "b o"]:
         """Return scaled values, not saturated."""
         return integer.linear_wide(x, self.weight, self.bias, self.by)
@@ -64,6 +68,28 @@ class Drawing:
         return np.clip(self.matrix.run(z) + self.zero_out, self.zero_out, 127).astype(np.int8)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gauge:
+    """Where real latents are: in units of 1/1024 of their standard deviations."""
+
+    mean: Int16[np.ndarray, " d"]
+    whiten: Dense
+    radius99: int
+
+    def white(self, offset: Int64[np.ndarray, "b d"]) -> Int64[np.ndarray, "b d"]:
+        return integer.saturate(self.whiten.run(integer.saturate(offset, 16).astype(np.int16)), 16)
+
+    def region(self, z: Int16[np.ndarray, "b d"]) -> Int64[np.ndarray, " b"]:
+        """Return how far latents are from the mean of real ones, in 1/256 of what 99% of these keep within."""
+        squares = (self.white(z.astype(np.int64) - self.mean) ** 2).sum(axis=1)
+        return np.array([integer.root(int(s)) * 256 // self.radius99 for s in squares], dtype=np.int64)
+
+    def drift(self, z_hat: Int16[np.ndarray, "b d"], z: Int16[np.ndarray, "b d"]) -> Int64[np.ndarray, " b"]:
+        """Return how far latents are apart, in 1/256 of the variance of real ones (mean over directions)."""
+        squares = (self.white(z_hat.astype(np.int64) - z) ** 2).sum(axis=1)
+        return squares // (z.shape[1] << 12)
+
+
 class State(NamedTuple):
     """Everything that the next step depends on."""
 
@@ -79,6 +105,7 @@ class IntegerWorld:
     predictor: Predictor
     drawing: Drawing
     decoder: Chain
+    gauge: Gauge
     scale: float
     """Of latents and normalised actions."""
     action_mean: Float[np.ndarray, " a"]
@@ -92,7 +119,8 @@ class IntegerWorld:
     def num_weights(self) -> int:
         """Weights of all parts, each a byte."""
         p = self.predictor
-        matrices = (p.embed, p.input_gates, p.hidden_gates, p.from_hidden, p.from_input, p.change, self.drawing.matrix)
+        matrices = (p.embed, p.input_gates, p.hidden_gates, p.from_hidden, p.from_input, p.change, self.drawing.matrix,
+            self.gauge.whiten)  # fmt: skip
         return sum(m.weight.size for m in matrices) + _weights(self.encoder) + _weights(self.decoder)
 
     def encode(self, frames: UInt8[np.ndarray, "b h w 3"]) -> Int16[np.ndarray, "b d"]:

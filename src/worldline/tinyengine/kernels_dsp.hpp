@@ -224,17 +224,23 @@ void depthwise_pixel(const int8_t* const* taps, size_t num_taps, const int16_t* 
   }
 }
 
-// y = x . row, int16 with int8; `n` and the row's place are multiples of 4.
-inline int32_t dot_wide(const int16_t* x, const int8_t* row, size_t n) {
-  int32_t acc = 0;
-  for (; n > 0; n -= 4, x += 4, row += 4) {
-    const uint32_t w = load4(row);
-    const uint32_t x01 = load4(x);
-    const uint32_t x23 = load4(x + 2);
-    acc = __smlad(static_cast<int16x2_t>((x01 & 0xffff) | (x23 << 16)), even(w), acc);
-    acc = __smlad(static_cast<int16x2_t>((x01 >> 16) | (x23 & 0xffff0000)), odd(w), acc);
+// y = x . row of several rows, int16 with int8; n is a multiple of 16, x lies at a multiple of 4.
+template <size_t kRows>
+inline void dots_wide(const int16_t* x, const int8_t* const (&rows)[kRows], size_t n, int32_t (&out)[kRows]) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(x);
+  int32_t acc[kRows] = {};
+  for (size_t i = 0; i < n; i += 4, words += 2) {
+    const int16x2_t x02 = static_cast<int16x2_t>((words[0] & 0xffff) | (words[1] << 16));
+    const int16x2_t x13 = static_cast<int16x2_t>((words[0] >> 16) | (words[1] & 0xffff0000));
+    for (size_t row = 0; row < kRows; ++row) {
+      const uint32_t w = load4(rows[row] + i);
+      acc[row] = __smlad(even(w), x02, acc[row]);
+      acc[row] = __smlad(odd(w), x13, acc[row]);
+    }
   }
-  return acc;
+  for (size_t row = 0; row < kRows; ++row) {
+    out[row] = acc[row];
+  }
 }
 
 // y = x . row, int8 with int8.

@@ -140,14 +140,19 @@ void depthwise_pixel(const int8_t* const* taps, size_t num_taps, const int16_t* 
   }
 }
 
-// y = x . row, int16 with int8.
-inline int32_t dot_wide(const int16_t* x, const int8_t* row, size_t n) {
-  int32_t acc = 0;
+// y = x . row of several rows, int16 with int8; n is a multiple of 16.
+template <size_t kRows>
+inline void dots_wide(const int16_t* x, const int8_t* const (&rows)[kRows], size_t n, int32_t (&out)[kRows]) {
+  int32_t acc[kRows] = {};
   for (size_t i = 0; i < n; i += 8) {
-    const mve_pred16_t some = vctp16q(static_cast<uint32_t>(n - i));
-    acc = vmladavaq_s16(acc, vldrhq_z_s16(x + i, some), vldrbq_z_s16(row + i, some));
+    const int16x8_t v = vldrhq_s16(x + i);
+    for (size_t row = 0; row < kRows; ++row) {
+      acc[row] = vmladavaq_s16(acc[row], v, vldrbq_s16(rows[row] + i));
+    }
   }
-  return acc;
+  for (size_t row = 0; row < kRows; ++row) {
+    out[row] = acc[row];
+  }
 }
 
 // y = x . row, int8 with int8.

@@ -56,13 +56,16 @@ void depthwise_pixel(const int8_t* const* taps, size_t num_taps, const int16_t* 
   }
 }
 
-// y = x . row, int16 with int8.
-inline int32_t dot_wide(const int16_t* x, const int8_t* row, size_t n) {
-  int32_t acc = 0;
-  for (size_t i = 0; i < n; ++i) {
-    acc += x[i] * static_cast<int16_t>(row[i]);
+// y = x . row of several rows, int16 with int8; n is a multiple of 16.
+template <size_t kRows>
+inline void dots_wide(const int16_t* x, const int8_t* const (&rows)[kRows], size_t n, int32_t (&out)[kRows]) {
+  for (size_t row = 0; row < kRows; ++row) {
+    int32_t acc = 0;
+    for (size_t i = 0; i < n; ++i) {
+      acc += x[i] * static_cast<int16_t>(rows[row][i]);
+    }
+    out[row] = acc;
   }
-  return acc;
 }
 
 // y = x . row, int8 with int8.

@@ -3,6 +3,7 @@
 #define TINYENGINE_PROGRAM_HPP
 
 #include "chain.hpp"
+#include "predictor.hpp"
 
 namespace tinyengine {
 
@@ -15,8 +16,8 @@ struct Header {
   uint32_t size_bytes;
   uint32_t checksum;  // CRC-32 of everything behind this header
   uint32_t arena_bytes;
-  uint32_t encoder_at, decoder_at, predictor_at, gauge_at;
-  uint32_t reserved[6];
+  uint32_t encoder_at, predictor_at, drawing_at, decoder_at, gauge_at;
+  uint32_t reserved[5];
 };
 
 inline uint32_t crc32(const uint8_t* bytes, size_t n) {
@@ -171,6 +172,80 @@ class Checker {
     return false;
   }
 
+  // A matrix on int16 whose rows, at the largest inputs, stay below 2^30.
+  bool dense(const Dense& d, uint32_t inputs, uint32_t outputs) const {
+    const size_t stride = padded(inputs, kRowAlign);
+    if (d.inputs != inputs || d.outputs != outputs || !within(inputs, 1, kMaxSide) ||
+        !within(outputs, 1, kMaxSide * 16)) {
+      return false;
+    }
+    const int8_t* weights = record<int8_t>(d.weights_at, uint64_t{stride} * outputs);
+    const Channel* by = record<Channel>(d.by_at, outputs);
+    if (weights == nullptr || by == nullptr || d.weights_at % 4 != 0) {
+      return false;
+    }
+    for (size_t o = 0; o < outputs; ++o) {
+      int64_t most = by[o].bias < 0 ? -static_cast<int64_t>(by[o].bias) : by[o].bias;
+      for (size_t i = 0; i < stride; ++i) {
+        const int32_t w = weights[o * stride + i];
+        most += (w < 0 ? -w : w) * 32768;
+      }
+      const bool scale = by[o].multiplier >= 0 && by[o].multiplier <= 32767 && by[o].shift >= 15 && by[o].shift <= 46;
+      if (!scale || most >= (int64_t{1} << 30)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  bool values(uint32_t at, uint32_t count) const { return arena(at, 2 * uint64_t{padded(count, kRowAlign)}, 4); }
+
+  bool predictor(uint32_t at) const {
+    const Predictor* p = record<Predictor>(at);
+    if (p == nullptr || !within(p->latent, 1, kMaxSide / 2) || !within(p->action, 1, kMaxSide / 2) ||
+        !within(p->hidden, 1, kMaxSide) || p->hidden % kAtOnce != 0 || p->radius >= (1u << 23)) {
+      return false;
+    }
+    const int16_t* tables = record<int16_t>(p->tables_at, 2 * kTable);
+    if (tables == nullptr) {
+      return false;
+    }
+    for (size_t i = 0; i < kTable; ++i) {
+      if (tables[i] < 0) {  // sigmoid's; a gate below 0 could overflow
+        return false;
+      }
+    }
+    return dense(p->embed, p->latent + p->action, p->hidden) && dense(p->input_gates, p->hidden, 3 * p->hidden) &&
+           dense(p->hidden_gates, p->hidden, 3 * p->hidden) && dense(p->from_hidden, p->hidden, p->hidden) &&
+           dense(p->from_input, p->hidden, p->hidden) && dense(p->change, p->hidden, p->latent) &&
+           arena(p->state_at, 2 * (uint64_t{padded(p->latent, kRowAlign)} + padded(p->hidden, kRowAlign)), 4) &&
+           values(p->joined_at, p->latent + p->action) && values(p->x_at, p->hidden) && values(p->next_at, p->hidden) &&
+           values(p->mixed_at, p->hidden);
+  }
+
+  // Whether a checked chain ends with a latent.
+  bool makes_latents(uint32_t at, uint32_t latent) const {
+    const Chain* c = reinterpret_cast<const Chain*>(program_ + at);
+    return (c->end == End::flatten || c->end == End::average) && c->num_outputs == latent;
+  }
+
+  // `latent` is the predictor's.
+  bool drawing(uint32_t at, uint32_t decoder_at, uint32_t latent) const {
+    const Drawing* d = record<Drawing>(at);
+    if (d == nullptr || !chain(decoder_at) || d->zero < -128 || d->zero > 127) {
+      return false;
+    }
+    const Stage& first =
+        *reinterpret_cast<const Stage*>(program_ + reinterpret_cast<const Chain*>(program_ + decoder_at)->stages_at);
+    return dense(d->matrix, latent, first.in_rows * first.in_columns * first.in_channels);
+  }
+
+  bool gauge(uint32_t at, uint32_t latent) const {
+    const Gauge* g = record<Gauge>(at);
+    return g != nullptr && record<int16_t>(g->mean_at, latent) != nullptr && g->radius99 >= 1 &&
+           dense(g->whiten, latent, latent) && values(g->white_at, latent) && values(g->offset_at, latent);
+  }
+
  private:
   static constexpr uint32_t kMaxSide = 4096;
   static constexpr uint64_t kMaxDepth = 1 << 15;
@@ -215,11 +290,25 @@ inline Status check(const uint8_t* program, size_t size_bytes, const uint8_t* ar
     return Status::small_arena;
   }
   const Checker checker(program, header.size_bytes, header.arena_bytes);
-  const uint32_t chains[] = {header.encoder_at, header.decoder_at};
-  for (uint32_t at : chains) {
-    if (at != 0 && !checker.chain(at)) {
-      return Status::bad_program;
-    }
+  if (header.encoder_at != 0 && !checker.chain(header.encoder_at)) {
+    return Status::bad_program;
+  }
+  if (header.predictor_at == 0) {
+    return header.drawing_at == 0 && header.decoder_at == 0 && header.gauge_at == 0 ? Status::ok : Status::bad_program;
+  }
+  if (!checker.predictor(header.predictor_at)) {
+    return Status::bad_program;
+  }
+  const uint32_t latent = reinterpret_cast<const Predictor*>(program + header.predictor_at)->latent;
+  if (header.encoder_at != 0 && !checker.makes_latents(header.encoder_at, latent)) {
+    return Status::bad_program;
+  }
+  if ((header.drawing_at != 0 || header.decoder_at != 0) &&
+      !checker.drawing(header.drawing_at, header.decoder_at, latent)) {
+    return Status::bad_program;
+  }
+  if (header.gauge_at != 0 && !checker.gauge(header.gauge_at, latent)) {
+    return Status::bad_program;
   }
   return Status::ok;
 }

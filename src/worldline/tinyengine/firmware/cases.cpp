@@ -1,6 +1,6 @@
 // Runs chains of programs that come over semihosting: cases.bin in, results.bin out. For tests and measurements.
+#include "../program.hpp"
 #include "board.hpp"
-#include "program.hpp"
 
 using namespace tinyengine;
 

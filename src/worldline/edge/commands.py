@@ -1,0 +1,109 @@
+"""Run a world's program outside Python by commands, on this machine or on a board, and get back values and costs."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worldline.core.errors import WorldlineError
+from worldline.edge import build
+from worldline.edge.build import TINYENGINE, Board
+from worldline.edge.cases import STATUS
+from worldline.edge.world import IntegerWorld
+
+SOURCE = TINYENGINE / "firmware/world.cpp"
+Verb = Literal["picture", "begin", "observe", "step", "decode", "region", "drift"]
+_CODES: dict[Verb, int] = {"picture": 1, "begin": 2, "observe": 3, "step": 4, "decode": 5, "region": 6, "drift": 7}
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the world is to do: `picture` takes a uint8 picture, `begin`, `observe` and `drift` a latent, `step` an action."""
+
+    verb: Verb
+    values: NDArray[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What it answered: a latent (picture, step), a picture (decode), a number (region, drift), or nothing."""
+
+    status: str
+    ticks: int
+    values: NDArray[Any]
+
+
+def compile_world(target: Board | None, folder: Path, arena_bytes: int, options: Sequence[str] = ()) -> Path:
+    """Compile the image that runs commands, for a board or (None) for this machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    image = folder / "world.elf"
+    options = (f"-DTINYENGINE_ARENA={arena_bytes}", *options)
+    if target is None:
+        build.compile_host([SOURCE], image, options)
+    else:
+        build.compile_board(target, [SOURCE], image, [*_room(target), *options])
+    return image
+
+
+def _room(target: Board) -> tuple[str, ...]:
+    """Return where the program is put: firmware has it in flash, this image reads it from a file."""
+    if target.machine == "mps3-an547":  # its DDR
+        return ("-DTINYENGINE_PROGRAM_AT=0x60000000",)
+    return ()
+
+
+def run_world(
+    target: Board | None,
+    image: Path,
+    program: bytes,
+    world: IntegerWorld,
+    commands: Sequence[Command],
+    timeout_s: float = 600.0,
+) -> tuple[list[Reply], int]:
+    """Run commands through an image of `compile_world`; returns the replies and the bytes of stack that were used.
+
+    Raises:
+        WorldlineError: the program was refused, the image failed, or it gave back less than was asked.
+    """
+    folder = image.parent
+    (folder / "program.bin").write_bytes(program)
+    with open(folder / "commands.bin", "wb") as file:
+        file.write(struct.pack("<I", len(program)))
+        for command in commands:
+            values = b"" if command.values is None else np.ascontiguousarray(command.values).tobytes()
+            rows = len(command.values) if command.verb == "picture" and command.values is not None else 0
+            file.write(struct.pack("<2I", _CODES[command.verb], rows) + values)
+    if target is None:
+        build.run_host(image, timeout_s)
+    else:
+        build.run_board(target, image, timeout_s)
+    data = (folder / "results.bin").read_bytes()
+    status = STATUS[int.from_bytes(data[:4], "little")]
+    if status != "ok":
+        raise WorldlineError(f"the program was refused: {status}")
+    latent, at, replies = len(world.predictor.change.weight), 4, []
+    rows, columns, _ = world.decoder.stages[-1].size
+    for command in commands:
+        before, dtype, shape = 0, np.dtype(np.int16), (latent,)
+        if command.verb == "decode":
+            before, dtype = rows * columns * 12, np.dtype(np.uint8)
+        if command.verb in ("region", "drift"):
+            dtype, shape = np.dtype(np.uint32), (1,)
+        if command.verb in ("begin", "observe", "decode"):
+            shape = (0,)
+        size = dtype.itemsize * shape[0]
+        if at + before + 8 + size > len(data) - 4:
+            raise WorldlineError(f"{image} gave back {len(data)} bytes, fewer than its commands have")
+        code, ticks = struct.unpack_from("<2I", data, at + before)
+        values = np.frombuffer(data, dtype, shape[0], at + before + 8)
+        if command.verb == "decode":
+            values = np.frombuffer(data, dtype, before, at).reshape(2 * rows, 2 * columns, 3)
+        replies.append(Reply(STATUS[code], ticks, values))
+        at += before + 8 + size
+    return replies, int.from_bytes(data[-4:], "little")

@@ -1,0 +1,131 @@
+// Runs a world by commands that come over semihosting: program.bin and commands.bin in, results.bin out.
+#include "../world.hpp"
+
+#include "board.hpp"
+
+using namespace tinyengine;
+
+namespace {
+
+#ifndef TINYENGINE_PROGRAM_ROOM
+#define TINYENGINE_PROGRAM_ROOM (3 << 20)
+#endif
+#ifndef TINYENGINE_ARENA
+#define TINYENGINE_ARENA (1 << 18)
+#endif
+// a place of its own where the board's RAM is too small for a program that firmware would have in flash
+#ifdef TINYENGINE_PROGRAM_AT
+uint8_t* const program = reinterpret_cast<uint8_t*>(TINYENGINE_PROGRAM_AT);
+#else
+alignas(16) uint8_t program_room[TINYENGINE_PROGRAM_ROOM];
+uint8_t* const program = program_room;
+#endif
+alignas(16) uint8_t arena[TINYENGINE_ARENA];
+
+constexpr size_t kMost = 256;  // values of a latent or an action
+constexpr size_t kRow = 4096;  // bytes of a row
+int16_t values[kMost];
+uint8_t row[kRow];
+World world;
+
+enum Command : uint32_t { picture = 1, begin = 2, observe = 3, step = 4, decode = 5, region = 6, drift = 7 };
+
+struct Reply {
+  uint32_t status, ticks;
+};
+
+Status run(const board::File& in, const board::File& out, uint32_t command, uint32_t rows) {
+  const size_t latent = world.latent_size();
+  Status status = Status::bad_argument;
+  if (command == picture) {
+    uint64_t spent = 0;
+    for (uint32_t y = 0; y < rows; ++y) {
+      if (world.row_bytes() > kRow || !in.read(row, world.row_bytes())) {
+        return Status::bad_argument;
+      }
+      board::start_clock();
+      status = world.push_row(row);
+      spent += board::ticks();
+    }
+    board::start_clock();
+    if (status == Status::ok) {
+      status = world.latent(values);
+    }
+    const Reply reply = {static_cast<uint32_t>(status), static_cast<uint32_t>(spent + board::ticks())};
+    out.write(&reply, sizeof reply);
+    out.write(values, 2 * latent);
+    return status;
+  }
+  if (command == begin || command == observe || command == step || command == drift) {
+    if (!in.read(values, 2 * (command == step ? world.action_size() : latent))) {
+      return Status::bad_argument;
+    }
+  }
+  uint32_t score = 0;
+  Reply reply = {0, 0};
+  board::start_clock();
+  switch (command) {
+    case begin:
+      status = world.begin(values);
+      break;
+    case observe:
+      status = world.observe(values);
+      break;
+    case step:
+      status = world.step(values);
+      break;
+    case region:
+      status = world.region(world.state(), &score);
+      break;
+    case drift:
+      status = world.drift(world.state(), values, &score);
+      break;
+    case decode:
+      // ticks include the writing of rows
+      status = world.decode([](void* user, uint32_t, const uint8_t* bytes,
+                               size_t n) { static_cast<const board::File*>(user)->write(bytes, n); },
+                            const_cast<board::File*>(&out));
+      break;
+    default:
+      break;
+  }
+  reply = {static_cast<uint32_t>(status), static_cast<uint32_t>(board::ticks())};
+  out.write(&reply, sizeof reply);
+  if (command == step) {
+    out.write(world.state(), 2 * latent);
+  } else if (command == region || command == drift) {
+    out.write(&score, sizeof score);
+  }
+  return status;
+}
+
+}  // namespace
+
+// Commands are pairs (command, rows of a picture), each with its values behind it. Replies are status, ticks and
+// values; those of `decode` come behind the picture. At the end: the bytes of stack that were used.
+extern "C" int main() {
+  board::File in("commands.bin", 1);
+  board::File out("results.bin", 5);
+  uint32_t size = 0;
+  board::File from("program.bin", 1);
+  if (!in.read(&size, sizeof size) || size > TINYENGINE_PROGRAM_ROOM || !from.read(program, size)) {
+    board::print("commands.bin or program.bin cannot be read, or the program is larger than its room\n");
+    return 1;
+  }
+  const Status status = world.init(program, size, arena, sizeof arena);
+  const uint32_t code = static_cast<uint32_t>(status);
+  out.write(&code, sizeof code);
+  uint32_t command[2];
+  if (status == Status::ok && world.latent_size() <= kMost && world.action_size() <= kMost) {
+    while (in.read(command, sizeof command)) {
+      if (run(in, out, command[0], command[1]) == Status::bad_argument) {
+        board::print("commands.bin holds a command that is cut off or unknown\n");
+        return 1;
+      }
+    }
+  }
+  const uint32_t stack = static_cast<uint32_t>(board::stack_used());
+  out.write(&stack, sizeof stack);
+  out.close();
+  return 0;
+}
