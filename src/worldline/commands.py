@@ -110,6 +110,7 @@ def _evaluate(config: Any, flags: set[str]) -> int:
     from worldline.evaluate.windows import choose_windows
     from worldline.model.checkpoint import load_world
     from worldline.model.foreign import is_foreign
+    from worldline.model.int8 import is_bundle
     from worldline.model.references import CARD, DIRECTORY
     from worldline.train.references import make_references
 
@@ -129,7 +130,7 @@ def _evaluate(config: Any, flags: set[str]) -> int:
         print(f"{dataset.path} has no reference pack yet; making it, once")
         make_references(dataset)
     out = evaluate(config)
-    if not foreign:
+    if not foreign and not is_bundle(config.checkpoint):  # a bundle's card is the float world's
         add_result(config.checkpoint, out)
     wrote(out, started)
     print(f"open {out}/report.html" + ("" if foreign else f"; next: worldline play {config.checkpoint}"))
@@ -141,6 +142,16 @@ def _plan(config: Any, flags: set[str]) -> int:
 
     started = time.monotonic()
     wrote(evaluate_planning(config), started)
+    return 0
+
+
+def _export(config: Any, flags: set[str]) -> int:
+    from worldline.edge.emit import export
+
+    started = time.monotonic()
+    path = export(config)
+    wrote(path, started)
+    print(f"next: worldline evaluate {path} data={config.data}")
     return 0
 
 
@@ -444,6 +455,26 @@ COMMANDS: dict[str, Command] = {
             path="checkpoint",
             path_required=True,
             kept="Finished parts are kept; the same command goes on from there.",
+        ),
+        Command(
+            name="export",
+            summary="a world in integers, for this machine and for microcontrollers",
+            about="""
+            Quantises a world to int8 (its recurrent state to int16), with ranges measured on training episodes, and
+            writes a bundle: the program that TinyEngine runs, the same as a C++ table with the engine's headers, a
+            manifest with sizes and hashes, and the checkpoint it came from. Every build of it computes the same bytes.
+
+            A bundle is a world: evaluate, plan and play take it like a checkpoint, and compute in integers.
+            """,
+            examples=(
+                ("worldline export pusht data=datasets/pusht out=runs/pusht-int8", "the shipped world"),
+                ("worldline evaluate runs/pusht-int8 data=datasets/pusht", "what the integers cost"),
+            ),
+            run=_export,
+            config="worldline.edge.emit:ExportConfig",
+            path="checkpoint",
+            path_required=True,
+            kept="Nothing is kept.",
         ),
         Command(
             name="play",

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from worldline.core import native
 from worldline.core.errors import WorldlineError
+from worldline.core.native import LANGUAGE, TINYENGINE
 
-TINYENGINE = Path(__file__).parents[1] / "tinyengine"
-WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Werror")
-_COMMON = ("-std=c++17", "-fno-exceptions", "-fno-rtti", *WARNINGS, "-I", str(TINYENGINE))
 _BARE = (
     "-O2", "-mthumb", "-ffreestanding", "-fno-threadsafe-statics", "-ffunction-sections", "-fdata-sections",
     "-nostartfiles", "-Wl,--gc-sections", "--specs=nano.specs", "--specs=nosys.specs",
@@ -55,16 +53,12 @@ BOARDS = {
 
 
 def compile_host(sources: Sequence[Path], image: Path, options: Sequence[str] = ()) -> None:
-    """Compile for this machine, with whatever vectors it has.
+    """Compile an image for this machine; its files are this machine's.
 
     Raises:
         WorldlineError: there is no C++ compiler, or it refused.
     """
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise WorldlineError("no C++ compiler here; on Debian: apt-get install g++")
-    host = str(TINYENGINE / "firmware/host")
-    _run([compiler, "-O3", "-march=native", *_COMMON, "-I", host, *options, *map(str, sources), "-o", str(image)])
+    native.compile_host(sources, image, ["-I", str(TINYENGINE / "firmware/host"), *options])
 
 
 def compile_board(board: Board, sources: Sequence[Path], image: Path, options: Sequence[str] = ()) -> None:
@@ -83,9 +77,9 @@ def compile_board(board: Board, sources: Sequence[Path], image: Path, options: S
     image.parent.mkdir(parents=True, exist_ok=True)
     (image.parent / "memory.ld").write_text(f"MEMORY\n{{\n{regions}}}\n")
     cortex = TINYENGINE / "firmware/cortex"
-    _run(
+    native.run(
         [
-            compiler, *_COMMON, *_BARE, f"-mcpu={board.core}", *board.flags, "-I", str(cortex), *options,
+            compiler, *LANGUAGE, *_BARE, f"-mcpu={board.core}", *board.flags, "-I", str(cortex), *options,
             "-L", str(image.parent), "-T", str(cortex / "link.ld"), str(cortex / "startup.cpp"), *map(str, sources),
             "-o", str(image),
         ]
@@ -104,7 +98,7 @@ def run_board(board: Board, image: Path, timeout_s: float = 300.0) -> None:
         "qemu-system-arm", "-M", board.machine, "-nographic", "-monitor", "none", "-serial", "null",
         "-semihosting-config", "enable=on,target=native", "-icount", "shift=0", "-kernel", str(image),
     ]  # fmt: skip
-    _run(command, cwd=image.parent, timeout_s=timeout_s)
+    native.run(command, cwd=image.parent, timeout_s=timeout_s)
 
 
 def run_host(image: Path, timeout_s: float = 300.0) -> None:
@@ -113,14 +107,4 @@ def run_host(image: Path, timeout_s: float = 300.0) -> None:
     Raises:
         WorldlineError: it did not end in time, or ended with an error.
     """
-    _run([str(image)], cwd=image.parent, timeout_s=timeout_s)
-
-
-def _run(command: list[str], cwd: Path | None = None, timeout_s: float = 300.0) -> None:
-    try:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        raise WorldlineError(f"{command[0]} did not end within {timeout_s:g} s") from None
-    if done.returncode:
-        said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-30:])
-        raise WorldlineError(f"{Path(command[0]).name} failed with status {done.returncode}:\n{said}")
+    native.run([str(image)], cwd=image.parent, timeout_s=timeout_s)

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldline.core.errors import WorldlineError
+from worldline.core.native import TINYENGINE
 from worldline.edge import build
-from worldline.edge.build import TINYENGINE, Board
+from worldline.edge.build import Board
 from worldline.edge.graph import Average, Chain, Flatten, Pixels
 from worldline.edge.program import Writer, finish_program, padded, plan_rows, write_chain
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldline.core.errors import WorldlineError
+from worldline.core.native import TINYENGINE
 from worldline.edge import build
-from worldline.edge.build import TINYENGINE, Board
+from worldline.edge.build import Board
 from worldline.edge.cases import STATUS
 from worldline.edge.world import IntegerWorld
 
@@ -24,7 +25,7 @@ _CODES: dict[Verb, int] = {"picture": 1, "begin": 2, "observe": 3, "step": 4, "d
 
 @dataclass(frozen=True)
 class Command:
-    """What the world is to do: `picture` takes a uint8 picture, `begin`, `observe` and `drift` a latent, `step` an action."""
+    """What the world is to do: `picture` takes a picture, `begin`, `observe` and `drift` a latent, `step` an action."""
 
     verb: Verb
     values: NDArray[Any] | None = None
@@ -90,20 +91,17 @@ def run_world(
     latent, at, replies = len(world.predictor.change.weight), 4, []
     rows, columns, _ = world.decoder.stages[-1].size
     for command in commands:
-        before, dtype, shape = 0, np.dtype(np.int16), (latent,)
-        if command.verb == "decode":
-            before, dtype = rows * columns * 12, np.dtype(np.uint8)
-        if command.verb in ("region", "drift"):
-            dtype, shape = np.dtype(np.uint32), (1,)
-        if command.verb in ("begin", "observe", "decode"):
-            shape = (0,)
-        size = dtype.itemsize * shape[0]
-        if at + before + 8 + size > len(data) - 4:
+        picture = rows * columns * 12 if command.verb == "decode" else 0
+        score = command.verb in ("region", "drift")
+        count = latent if command.verb in ("picture", "step") else int(score)
+        dtype: type[np.uint32 | np.int16] = np.uint32 if score else np.int16
+        size = count * np.dtype(dtype).itemsize
+        if at + picture + 8 + size > len(data) - 4:
             raise WorldlineError(f"{image} gave back {len(data)} bytes, fewer than its commands have")
-        code, ticks = struct.unpack_from("<2I", data, at + before)
-        values = np.frombuffer(data, dtype, shape[0], at + before + 8)
-        if command.verb == "decode":
-            values = np.frombuffer(data, dtype, before, at).reshape(2 * rows, 2 * columns, 3)
-        replies.append(Reply(STATUS[code], ticks, values))
-        at += before + 8 + size
+        code, ticks = struct.unpack_from("<2I", data, at + picture)
+        answer: NDArray[Any] = np.frombuffer(data, dtype, count, at + picture + 8)
+        if picture:
+            answer = np.frombuffer(data, np.uint8, picture, at).reshape(2 * rows, 2 * columns, 3)
+        replies.append(Reply(STATUS[code], ticks, answer))
+        at += picture + 8 + size
     return replies, int.from_bytes(data[-4:], "little")

@@ -24,6 +24,7 @@ from worldline.core.errors import WorldlineError
 from worldline.core.files import fsync_directory, read_json, sha256_file, write_bytes, write_json
 from worldline.core.types import WorldSpec
 from worldline.model.estimator import ErrorEstimator
+from worldline.model.int8 import CHECKPOINT, Int8World, is_bundle
 from worldline.model.world import World, WorldConfig
 
 FORMAT = "worldline-world"
@@ -100,13 +101,15 @@ def save_estimator(directory: Path, estimator: ErrorEstimator) -> None:
 
 
 def load_world(path_or_name: str | Path) -> World:
-    """Load a world from a checkpoint, a run directory (its best checkpoint, else its last), or a shipped name.
+    """Load a world from a checkpoint, a run (its best checkpoint, else its last), a shipped name, or a bundle.
 
     It comes ready for inference: evaluation mode, no gradients, on the CPU, float32.
 
     Raises:
         WorldlineError: there is no such world, or its files are foreign, damaged or do not fit each other.
     """
+    if is_bundle(path_or_name):
+        return Int8World.open(path_or_name, load_world(find_world(path_or_name)))
     directory = find_world(path_or_name)
     card = read_card(directory)
     weights = directory / WEIGHTS
@@ -160,7 +163,7 @@ def find_world(path_or_name: str | Path) -> Path:
         WorldlineError: nothing is there.
     """
     path = Path(path_or_name)
-    for candidate in (path, path / "best", path / "last"):
+    for candidate in (path, path / "best", path / "last", path / CHECKPOINT):
         if (candidate / CARD).exists():
             return candidate
     if len(path.parts) == 1 and (SHIPPED / path / CARD).exists():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from worldline.core.errors import WorldlineError
 from worldline.core.types import WorldSpec
 from worldline.model.checkpoint import CARD, SHIPPED, load_world, weights_sha256
+from worldline.model.int8 import CHECKPOINT
 from worldline.model.lewm import CONFIG, read_lewm
 from worldline.model.world import World
 
@@ -167,7 +168,9 @@ def num_parameters(world: AnyWorld) -> int | None:
 def is_foreign(name: str) -> bool:
     """Return whether this names somebody else's model: an entry point, a file, or a folder with `config.json`."""
     path = Path(name)
-    if any((place / CARD).exists() for place in (path, path / "best", path / "last", SHIPPED / path)):
+    if any(
+        (place / CARD).exists() for place in (path, path / "best", path / "last", path / CHECKPOINT, SHIPPED / path)
+    ):
         return False
     return path.is_file() or (path / CONFIG).exists() or _ENTRY_POINT.fullmatch(name) is not None
 

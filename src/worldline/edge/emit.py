@@ -1,0 +1,180 @@
+"""Export a world: a folder that Python plays and evaluates, and that compiles for a microcontroller."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from worldline.core.errors import WorldlineError
+from worldline.core.files import fsync_directory, sha256_file, write_bytes, write_json
+from worldline.core.native import TINYENGINE
+from worldline.core.result import provenance
+from worldline.core.seeding import rng_for
+from worldline.data.cache import FrameCache
+from worldline.data.lerobot import Dataset, open_dataset
+from worldline.edge.program import plan_rows, write_world
+from worldline.edge.quantise import Calibration, quantise
+from worldline.edge.world import IntegerWorld
+from worldline.model.checkpoint import find_world, load_world, read_card
+from worldline.model.int8 import CHECKPOINT, FORMAT, MANIFEST, PROGRAM, is_bundle
+from worldline.model.world import World
+
+_STEPS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What to export, and what to measure its ranges on."""
+
+    checkpoint: str
+    """A checkpoint, a run, or a shipped world's name."""
+    data: Path
+    """A dataset of the same world; its training episodes give the ranges."""
+    out: Path
+    """Where the bundle goes; it must not exist."""
+    frames: int = 512
+    """Real pictures that activations are measured on."""
+    rollouts: int = 64
+    """Rollouts of up to 100 steps that the recurrent latent's range is measured on."""
+    seed: int = 0
+    """Of the choice of frames and rollouts."""
+
+
+def export(config: ExportConfig) -> Path:
+    """Quantise a world and write its bundle, whole or not at all.
+
+    Raises:
+        WorldlineError: `out` exists, the data is of another world or too short, or TinyEngine cannot run the world.
+    """
+    if config.out.exists():
+        raise WorldlineError(f"{config.out} exists already; choose another place with out=, or remove it first")
+    if is_bundle(config.checkpoint):
+        raise WorldlineError(f"{config.checkpoint} is an exported bundle already; give the checkpoint it was made from")
+    world, dataset = load_world(config.checkpoint), open_dataset(config.data)
+    if world.spec.name != dataset.spec.name:
+        raise WorldlineError(
+            f"{config.checkpoint} is a world of {world.spec.name}, {config.data} holds episodes of "
+            f"{dataset.spec.name}; measure its ranges on data of its own world"
+        )
+    whole = quantise(world, calibration(world, dataset, config))
+    program, arena_bytes = write_world(whole)
+    temporary = config.out.with_name(f".{config.out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write(temporary, find_world(config.checkpoint), whole, program, arena_bytes, config, dataset)
+        os.rename(temporary, config.out)
+        fsync_directory(config.out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return config.out
+
+
+def calibration(world: World, dataset: Dataset, config: ExportConfig) -> Calibration:
+    """Choose frames and rollouts from training episodes.
+
+    Raises:
+        WorldlineError: no training episode is long enough.
+    """
+    cache, context = FrameCache(dataset, world.config.image_size), world.config.context
+    training = dataset.split("train")
+    steps = min(_STEPS, max((dataset.lengths[e] for e in training), default=0) - context)
+    long = [e for e in training if dataset.lengths[e] >= context + steps]
+    if steps < 1:
+        raise WorldlineError(f"{dataset.path}: no training episode has more than {context} frames; collect longer ones")
+    rng = rng_for(config.seed, "calibration")
+    pictures, beginnings, actions = [], [], []
+    for i in range(config.rollouts):
+        episode = long[int(rng.integers(len(long)))]
+        start = int(rng.integers(0, dataset.lengths[episode] - context - steps + 1))
+        seen = cache.frames(episode, start, context + steps)
+        share = config.frames * (i + 1) // config.rollouts - config.frames * i // config.rollouts
+        pictures.append(seen[np.sort(rng.choice(len(seen), min(share, len(seen)), replace=False))])
+        beginnings.append(seen[:context])
+        actions.append(np.asarray(dataset.actions(episode), np.float32)[start : start + context + steps - 1])
+    with torch.inference_mode():
+        context_latents = world.encode(torch.from_numpy(np.stack(beginnings)))
+    frames = torch.from_numpy(np.concatenate(pictures))
+    return Calibration(frames, context_latents.clone(), torch.from_numpy(np.stack(actions)))
+
+
+def sizes(world: IntegerWorld, program: bytes, arena_bytes: int) -> dict[str, Any]:
+    """Return what the world takes: flash for the program, RAM for the arena, multiplications for each call."""
+    p = world.predictor
+    step = sum(m.weight.size for m in (p.embed, p.input_gates, p.hidden_gates, p.from_hidden, p.from_input, p.change))
+    return {
+        "program_bytes": len(program),
+        "arena_bytes": arena_bytes,
+        "encoder_arena_bytes": plan_rows(world.encoder, 0).end,
+        "decoder_arena_bytes": plan_rows(world.decoder, 0).end,
+        "encode_macs": world.encoder.macs,
+        "step_macs": step,
+        "decode_macs": world.decoder.macs + world.drawing.matrix.weight.size,
+    }
+
+
+def _write(
+    out: Path,
+    checkpoint: Path,
+    world: IntegerWorld,
+    program: bytes,
+    arena_bytes: int,
+    config: ExportConfig,
+    dataset: Dataset,
+) -> None:
+    out.mkdir(parents=True)
+    shutil.copytree(checkpoint, out / CHECKPOINT, ignore=shutil.ignore_patterns("training.*"))
+    write_bytes(out / PROGRAM, program)
+    (out / "tinyengine").mkdir()
+    for header in sorted(TINYENGINE.glob("*.hpp")):
+        shutil.copy(header, out / "tinyengine")
+    _write_table(out, program, arena_bytes)
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    manifest = {
+        "format": FORMAT,
+        "version": 1,
+        "world": world_name(checkpoint),
+        "scale": world.scale,
+        "action_mean": world.action_mean.tolist(),
+        "action_std": world.action_std.tolist(),
+        "arena_bytes": arena_bytes,
+        "sizes": sizes(world, program, arena_bytes),
+        "calibration": {"data": dataset.fingerprint, **{k: v for k, v in asdict(config).items() if k in _MEASURED}},
+        "files": {str(path.relative_to(out)): sha256_file(path) for path in files},
+        "provenance": provenance(),
+    }
+    write_json(out / MANIFEST, manifest)
+
+
+_MEASURED = ("frames", "rollouts", "seed")
+
+
+def world_name(checkpoint: Path) -> str:
+    name: str = read_card(checkpoint)["spec"]["name"]
+    return name
+
+
+def _write_table(out: Path, program: bytes, arena_bytes: int) -> None:
+    """Write the program as a table of constants, which a linker puts into flash."""
+    words = np.frombuffer(program + bytes(-len(program) % 8), "<u8")
+    lines = [", ".join(f"0x{word:016x}" for word in words[i : i + 6]) for i in range(0, len(words), 6)]
+    write_bytes(
+        out / "world_program.hpp",
+        (
+            "// The world's program, and how much memory it wants. Written by worldline export.\n"
+            "#ifndef WORLD_PROGRAM_HPP\n#define WORLD_PROGRAM_HPP\n\n#include <stddef.h>\n#include <stdint.h>\n\n"
+            f"constexpr size_t kWorldProgramBytes = {len(program)};\n"
+            f"constexpr size_t kWorldArenaBytes = {arena_bytes};\n"
+            "extern const uint64_t world_program[];\n\n#endif\n"
+        ).encode(),
+    )
+    body = ",\n".join(lines)
+    write_bytes(
+        out / "world_program.cpp",
+        f'#include "world_program.hpp"\n\nalignas(16) const uint64_t world_program[] = {{\n{body}}};\n'.encode(),
+    )
