@@ -170,7 +170,7 @@ def _replay(config: Any, flags: set[str]) -> int:
     from worldline.core.progress import progress
     from worldline.engine.recording import Recording
     from worldline.engine.replay import bisect, verify
-    from worldline.engine.workloads.latent import LatentWorkload
+    from worldline.engine.workloads import WorldWorkload, open_for
 
     recording = Recording(config.file)
     made_by = recording.header.fingerprint
@@ -182,8 +182,8 @@ def _replay(config: Any, flags: set[str]) -> int:
         print(f"next: worldline replay {config.file} --verify")
         return 0
 
-    def make() -> LatentWorkload:
-        return LatentWorkload.open_for(recording, config.checkpoint)
+    def make() -> WorldWorkload:
+        return open_for(recording, config.checkpoint)
 
     try:
         workload = make()

@@ -13,7 +13,10 @@ from worldline.core.errors import WorldlineError
 from worldline.core.files import atomic_path
 
 TINYENGINE = Path(__file__).parents[1] / "tinyengine"
-LANGUAGE = ("-std=c++17", "-fno-exceptions", "-fno-rtti", "-Wall", "-Wextra", "-Wconversion", "-Werror")
+# contraction would round actions otherwise on one machine than on another
+LANGUAGE = (
+    "-std=c++17", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-Wall", "-Wextra", "-Wconversion", "-Werror",
+)  # fmt: skip
 _HOST = ("-O3", "-march=native")
 
 

@@ -48,11 +48,11 @@ def compile_world(target: Board | None, folder: Path, arena_bytes: int, options:
     if target is None:
         build.compile_host([SOURCE], image, options)
     else:
-        build.compile_board(target, [SOURCE], image, [*_room(target), *options])
+        build.compile_board(target, [SOURCE], image, [*room_for(target), *options])
     return image
 
 
-def _room(target: Board) -> tuple[str, ...]:
+def room_for(target: Board) -> tuple[str, ...]:
     """Return where the program is put: firmware has it in flash, this image reads it from a file."""
     if target.machine == "mps3-an547":  # its DDR
         return ("-DTINYENGINE_PROGRAM_AT=0x60000000",)

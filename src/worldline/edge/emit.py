@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +63,21 @@ def export(config: ExportConfig) -> Path:
             f"{dataset.spec.name}; measure its ranges on data of its own world"
         )
     whole = quantise(world, calibration(world, dataset, config))
-    program, arena_bytes = write_world(whole)
-    temporary = config.out.with_name(f".{config.out.name}.{os.getpid()}.tmp")
+    measured = {"data": dataset.fingerprint} | {name: getattr(config, name) for name in ("frames", "rollouts", "seed")}
+    return write_bundle(config.out, find_world(config.checkpoint), whole, measured)
+
+
+def write_bundle(out: Path, checkpoint: Path, world: IntegerWorld, calibration: dict[str, Any]) -> Path:
+    """Write the bundle of a quantised world, whole or not at all; `calibration` says what it was measured on."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write(temporary, find_world(config.checkpoint), whole, program, arena_bytes, config, dataset)
-        os.rename(temporary, config.out)
-        fsync_directory(config.out.parent)
+        _write(temporary, checkpoint, world, calibration)
+        os.rename(temporary, out)
+        fsync_directory(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return config.out
+    return out
 
 
 def calibration(world: World, dataset: Dataset, config: ExportConfig) -> Calibration:
@@ -118,15 +123,8 @@ def sizes(world: IntegerWorld, program: bytes, arena_bytes: int) -> dict[str, An
     }
 
 
-def _write(
-    out: Path,
-    checkpoint: Path,
-    world: IntegerWorld,
-    program: bytes,
-    arena_bytes: int,
-    config: ExportConfig,
-    dataset: Dataset,
-) -> None:
+def _write(out: Path, checkpoint: Path, world: IntegerWorld, calibration: dict[str, Any]) -> None:
+    program, arena_bytes = write_world(world)
     out.mkdir(parents=True)
     shutil.copytree(checkpoint, out / CHECKPOINT, ignore=shutil.ignore_patterns("training.*"))
     write_bytes(out / PROGRAM, program)
@@ -138,25 +136,15 @@ def _write(
     manifest = {
         "format": FORMAT,
         "version": 1,
-        "world": world_name(checkpoint),
+        "world": read_card(checkpoint)["spec"]["name"],
         "scale": world.scale,
-        "action_mean": world.action_mean.tolist(),
-        "action_std": world.action_std.tolist(),
         "arena_bytes": arena_bytes,
         "sizes": sizes(world, program, arena_bytes),
-        "calibration": {"data": dataset.fingerprint, **{k: v for k, v in asdict(config).items() if k in _MEASURED}},
+        "calibration": calibration,
         "files": {str(path.relative_to(out)): sha256_file(path) for path in files},
         "provenance": provenance(),
     }
     write_json(out / MANIFEST, manifest)
-
-
-_MEASURED = ("frames", "rollouts", "seed")
-
-
-def world_name(checkpoint: Path) -> str:
-    name: str = read_card(checkpoint)["spec"]["name"]
-    return name
 
 
 def _write_table(out: Path, program: bytes, arena_bytes: int) -> None:

@@ -131,7 +131,7 @@ def finish_program(out: Writer, arena_bytes: int, places: tuple[int, ...]) -> by
 def write_world(world: IntegerWorld) -> tuple[bytes, int]:
     """Return a world as a program, and the bytes of the arena that it wants."""
     out, p, hidden = Writer(), world.predictor, world.hidden
-    latent, action = p.change.weight.shape[0], len(world.action_mean)
+    latent, action = p.change.weight.shape[0], len(world.actions.mean)
     encoder_plan = plan_rows(world.encoder, 0)
     decoder_plan = plan_rows(world.decoder, encoder_plan.end)
     at, places = padded(decoder_plan.end, 16), []
@@ -143,7 +143,9 @@ def write_world(world: IntegerWorld) -> tuple[bytes, int]:
     tables_at = out.put(np.concatenate(tables))
     matrices = (p.embed, p.input_gates, p.hidden_gates, p.from_hidden, p.from_input, p.change)
     dense = [word for matrix in matrices for word in _dense(out, matrix)]
-    predictor_at = out.put_words(latent, action, hidden, p.radius, tables_at, *dense, *places[:5])
+    a = world.actions
+    actions_at = out.put(np.stack((a.low, a.high, a.mean, a.factor), axis=1).astype("<f4"))
+    predictor_at = out.put_words(latent, action, hidden, actions_at, p.radius, tables_at, *dense, *places[:5])
     drawing_at = out.put_words(*_dense(out, world.drawing.matrix), world.drawing.zero_out)
     decoder_at = write_chain(out, world.decoder, decoder_plan)
     mean_at = out.put(world.gauge.mean.astype("<i2"))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from worldline.core.errors import WorldlineError
 from worldline.edge import integer
 from worldline.edge.graph import Affine, Chain, Flatten, Pixels, Size, Stage
-from worldline.edge.world import Dense, Drawing, Gauge, IntegerWorld, Predictor
+from worldline.edge.world import Dense, Drawing, Gauge, IntegerWorld, Normalising, Predictor
 from worldline.model.conv import ConvEncoder
 from worldline.model.predictor import GRUPredictor
 from worldline.model.world import World
@@ -51,6 +51,8 @@ def quantise(world: World, data: Calibration) -> IntegerWorld:
             "TinyEngine runs worlds with a convolutional encoder and a GRU; train with model.encoder=conv "
             f"model.predictor=gru, this one has {world.config.encoder} and {world.config.predictor}"
         )
+    if world.config.hidden % 4:
+        raise WorldlineError(f"TinyEngine wants model.hidden to be a multiple of 4, got {world.config.hidden}")
     if world.config.projection == "quantise":
         raise WorldlineError("model.projection=quantise is not among what TinyEngine runs; none and normalise are")
     with torch.no_grad():
@@ -67,8 +69,12 @@ def quantise(world: World, data: Calibration) -> IntegerWorld:
         decoder=decoder,
         gauge=_gauge(world, scale),
         scale=scale,
-        action_mean=world.action_mean.double().numpy(),
-        action_std=world.action_std.double().numpy(),
+        actions=Normalising(
+            low=np.array(world.spec.action_low, np.float32),
+            high=np.array(world.spec.action_high, np.float32),
+            mean=world.action_mean.float().numpy(),
+            factor=(1 / (world.action_std.double().numpy() * scale)).astype(np.float32),
+        ),
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int8, Int16, Int32, Int64, UInt8
+from jaxtyping import Float, Float32, Int8, Int16, Int32, Int64, UInt8
 
 from worldline.core.errors import WorldlineError
 from worldline.edge import integer
@@ -98,6 +98,21 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Normalising:
+    """How native actions are normalised: clamped, then (value - mean) times factor, in float32, rounded half up."""
+
+    low: Float32[np.ndarray, " a"]
+    high: Float32[np.ndarray, " a"]
+    mean: Float32[np.ndarray, " a"]
+    factor: Float32[np.ndarray, " a"]
+
+    def run(self, native: Float[np.ndarray, "*b a"]) -> Int16[np.ndarray, "*b a"]:
+        """Return native actions as `step` takes them."""
+        steps = (np.clip(native.astype(np.float32), self.low, self.high) - self.mean) * self.factor + np.float32(0.5)
+        return integer.saturate(np.floor(steps).astype(np.int64), 16).astype(np.int16)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class IntegerWorld:
     """The methods of a `World`, in integers: latents in `scale`, actions normalised and in `scale` too."""
 
@@ -108,8 +123,7 @@ class IntegerWorld:
     gauge: Gauge
     scale: float
     """Of latents and normalised actions."""
-    action_mean: Float[np.ndarray, " a"]
-    action_std: Float[np.ndarray, " a"]
+    actions: Normalising
 
     @property
     def hidden(self) -> int:
@@ -145,11 +159,6 @@ class IntegerWorld:
         """Draw latents."""
         grid = self.drawing.run(z).reshape(len(z), *self.decoder.stages[0].size_in)
         return self.decoder.run(grid).astype(np.uint8)
-
-    def quantise_actions(self, actions: Float[np.ndarray, "*b a"]) -> Int16[np.ndarray, "*b a"]:
-        """Return native actions as `step` takes them."""
-        steps = np.round((actions - self.action_mean) / (self.action_std * self.scale))
-        return integer.saturate(steps.astype(np.int64), 16).astype(np.int16)
 
 
 def _relu16(x: Int64[np.ndarray, "*b"]) -> Int16[np.ndarray, "*b"]:

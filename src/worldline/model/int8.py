@@ -5,7 +5,7 @@ A bundle is data: the code that runs it is the package's own, and checks the pro
 Whatever takes a world takes this one: evaluation, planning, play. Latents and actions are the float world's; inside,
 every one of them is a whole number of `scale`, so nothing is lost on the way in or out.
 
-Shape legend: b batch, t steps, d latent, a action, s state, h = w = image size.
+Shape legend: b batch, t steps, d latent, a action, e hidden, s state, h = w = image size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int16, UInt8
+from jaxtyping import Float, Float32, Int16, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from worldline.model.world import State, World
 
 MANIFEST, CHECKPOINT, PROGRAM = "manifest.json", "checkpoint", "world.bin"
 FORMAT = "worldline-int8"
+_ROW_ALIGN = 16
 _STATUS = ("ok", "not a program", "of another version", "damaged", "impossible", "in want of a larger arena",
            "not ready for this call", "given a bad argument")  # fmt: skip
 
@@ -59,17 +60,22 @@ class Program:
             )
         self.sha256 = found
         self._library = ctypes.CDLL(str(host_library()))
-        for name in ("handle_bytes", "latent_size", "action_size", "state_size"):
+        for name in ("handle_bytes", "latent_size", "action_size", "memory_size", "state_size"):
             getattr(self._library, f"tinyengine_{name}").restype = ctypes.c_size_t
         self._program = _aligned(np.fromfile(directory / PROGRAM, np.uint8))
         self._arena = _aligned(np.zeros(int(manifest["arena_bytes"]), np.uint8))
         self._handle = _aligned(np.zeros(self._library.tinyengine_handle_bytes(), np.uint8))
         sizes = (ctypes.c_size_t(part.size) for part in (self._program, self._arena))
         self._call("open", self._program, next(sizes), self._arena, next(sizes))
-        self.latent, self.action, self.state = (
+        self.latent, self.action, self.memory, self.state = (
             int(getattr(self._library, f"tinyengine_{name}_size")(_pointer(self._handle)))
-            for name in ("latent", "action", "state")
+            for name in ("latent", "action", "memory", "state")
         )
+
+    def parts(self, states: Int16[np.ndarray, "b s"]) -> tuple[Int16[np.ndarray, "b d"], Int16[np.ndarray, "b e"]]:
+        """Return views of the latents and of what is remembered in states."""
+        behind = -(-self.latent // _ROW_ALIGN) * _ROW_ALIGN
+        return states[:, : self.latent], states[:, behind : behind + self.memory]
 
     def encode(self, frames: UInt8[np.ndarray, "b h w 3"]) -> Int16[np.ndarray, "b d"]:
         frames = np.ascontiguousarray(frames)
@@ -77,12 +83,24 @@ class Program:
         self._call("encode", frames, ctypes.c_size_t(frames.shape[1]), ctypes.c_size_t(len(frames)), z)
         return z
 
+    def actions(self, native: Float32[np.ndarray, "b a"]) -> Int16[np.ndarray, "b a"]:
+        """Return native actions as `step` takes them: clamped to their range, normalised, in whole numbers."""
+        out = np.empty((len(native), self.action), np.int16)
+        self._call("actions", np.ascontiguousarray(native, np.float32), ctypes.c_size_t(len(native)), out)
+        return out
+
     def step(self, states: Int16[np.ndarray, "b s"], actions: Int16[np.ndarray, "b a"]) -> None:
         """Put every state one step on, in place."""
         self._call("step", states, np.ascontiguousarray(actions), ctypes.c_size_t(len(states)))
 
     def decode(self, z: Int16[np.ndarray, "b d"], out: UInt8[np.ndarray, "b h w 3"]) -> None:
         self._call("decode", np.ascontiguousarray(z), ctypes.c_size_t(len(z)), out)
+
+    def region(self, z: Int16[np.ndarray, "1 d"]) -> int:
+        """Return how far a latent is from the mean of real ones, in 1/256 of what 99% of these keep within."""
+        out = np.empty(1, np.uint32)
+        self._call("region", np.ascontiguousarray(z), out)
+        return int(out[0])
 
     def _call(self, name: str, *arguments: Any) -> None:
         given = (_pointer(a) if isinstance(a, np.ndarray) else a for a in arguments)
@@ -99,7 +117,6 @@ class Int8World(World):
         self.load_state_dict(world.state_dict(), strict=False)
         self.gauge = world.gauge
         self.program = program
-        self._latent_room = program.state - world.predictor.cell.hidden_size  # type: ignore[union-attr, operator]
         self.eval().requires_grad_(False)
 
     @classmethod
@@ -118,11 +135,11 @@ class Int8World(World):
 
     def step(self, state: State, action: Float[Tensor, "b a"]) -> State:
         states = np.zeros((len(state.z), self.program.state), np.int16)
-        states[:, : self.config.latent_dim] = self._whole(state.z)
-        states[:, self._latent_room :] = state.memory[0].numpy()
-        self.program.step(states, self._whole(self.normalise_actions(action)))
-        z = torch.from_numpy(states[:, : self.config.latent_dim]).float() * self.program.scale
-        return State(z, (torch.from_numpy(states[:, self._latent_room :]).float(),))
+        z, h = self.program.parts(states)
+        z[...], h[...] = self._whole(state.z), state.memory[0].numpy()
+        self.normalise_actions(action)  # refuses those of another length
+        self.program.step(states, self.program.actions(action.float().cpu().numpy()))
+        return State(torch.from_numpy(z).float() * self.program.scale, (torch.from_numpy(h).float(),))
 
     def teacher_forced(self, z: Float[Tensor, "b t d"], actions: Float[Tensor, "b t a"]) -> Float[Tensor, "b t d"]:
         state, predictions = State(z[:, 0], self.predictor.initial(len(z))), []

@@ -29,9 +29,11 @@ from starlette.websockets import WebSocket
 
 from worldline.core.errors import WorldlineError
 from worldline.engine.determinism import Level
+from worldline.engine.workloads import WorldWorkload, open_workload
 from worldline.engine.workloads.device_world import Dtype
 from worldline.engine.workloads.latent import LatentWorkload, Mode
 from worldline.model.checkpoint import read_card, shipped_worlds
+from worldline.model.int8 import is_bundle
 from worldline.serve.gate import RECEIVE_BUFFER, Server, WebSocketProtocol
 from worldline.serve.hub import POLICY, Hub
 from worldline.serve.protocol import MAX_FPS, MAX_UP_BYTES, Codec
@@ -262,9 +264,11 @@ def _open(config: PlayConfig) -> tuple[list[Hub], list[Session], str]:
             raise WorldlineError("no world is shipped with this version; name a checkpoint: worldline play CHECKPOINT")
         checkpoint = names[0]
     if config.sessions == 1:
-        workloads = [LatentWorkload.open(checkpoint, config.mode, config.device, config.dtype)]
+        workloads: list[WorldWorkload] = [open_workload(checkpoint, config.mode, config.device, config.dtype)]
+    elif is_bundle(checkpoint):
+        raise WorldlineError(f"{checkpoint}: a world in integers plays one session at a time; leave sessions= out")
     else:
-        workloads = LatentWorkload.open_company(checkpoint, config.sessions)
+        workloads = list(LatentWorkload.open_company(checkpoint, config.sessions))
     spec = workloads[0].world.spec
     name = (
         f"{spec.name}-{Path(checkpoint).name}" if Path(checkpoint).name in ("best", "last") else Path(checkpoint).name
@@ -276,8 +280,8 @@ def _open(config: PlayConfig) -> tuple[list[Hub], list[Session], str]:
             "t": "hello",
             "world": spec.name,
             "model": name,
-            "device": config.device,
-            "dtype": config.dtype,
+            "device": workload.device,
+            "dtype": workload.dtype,
             "fps": workload.fps,
             "control": spec.control,
             "can_anchor": True,

@@ -18,7 +18,7 @@ from worldline.engine.determinism import Level
 from worldline.engine.pace import Pace
 from worldline.engine.recording import PICTURES, Kind, Record, Recording
 from worldline.engine.runtime import Engine, Frame
-from worldline.engine.workloads.latent import LatentWorkload
+from worldline.engine.workloads import WorldWorkload
 from worldline.serve import protocol
 from worldline.serve.encoder import Encoder
 from worldline.serve.hands import Hands
@@ -64,7 +64,7 @@ class Session:
 
     def __init__(
         self,
-        workload: LatentWorkload,
+        workload: WorldWorkload,
         *,
         truth: TrueWorld | None,
         truth_on: bool = True,

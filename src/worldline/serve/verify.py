@@ -19,7 +19,7 @@ def main(checkpoint: str, path: str) -> None:
     """Print `{"done", "total"}` while at it and `{"equal", "text"}` at the end."""
     from worldline.engine.recording import Recording
     from worldline.engine.replay import verify
-    from worldline.engine.workloads.latent import LatentWorkload
+    from worldline.engine.workloads import open_for
 
     if hasattr(os, "nice"):
         os.nice(5)
@@ -32,7 +32,7 @@ def main(checkpoint: str, path: str) -> None:
             _say({"done": done, "total": total})
 
     try:
-        verdict = verify(path, LatentWorkload.open_for(Recording(path), checkpoint), progress)
+        verdict = verify(path, open_for(Recording(path), checkpoint), progress)
     except WorldlineError as error:
         _say({"equal": False, "text": str(error)})
         return

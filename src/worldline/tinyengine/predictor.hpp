@@ -12,11 +12,17 @@ struct Dense {
   uint32_t weights_at, by_at;
 };
 
+// A native value is clamped, and becomes (value - mean) times factor, rounded half up.
+struct Normalising {
+  float low, high, mean, factor;
+};
+
 // As it lies in a program. Buffers are places in the arena, each of int16 values, with room for a multiple of 16.
 struct Predictor {
   uint32_t latent, action, hidden;
-  uint32_t radius;     // of the sphere that latents are put back onto, or 0
-  uint32_t tables_at;  // sigmoid and tanh: 513 int16 each, the second 514 behind the first
+  uint32_t actions_at;  // how each native value is normalised
+  uint32_t radius;      // of the sphere that latents are put back onto, or 0
+  uint32_t tables_at;   // sigmoid and tanh: 513 int16 each, the second 514 behind the first
   Dense embed, input_gates, hidden_gates, from_hidden, from_input, change;
   uint32_t state_at;   // z, then h
   uint32_t joined_at;  // z and action

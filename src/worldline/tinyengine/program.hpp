@@ -207,7 +207,7 @@ class Checker {
       return false;
     }
     const int16_t* tables = record<int16_t>(p->tables_at, 2 * kTable);
-    if (tables == nullptr) {
+    if (tables == nullptr || record<Normalising>(p->actions_at, p->action) == nullptr) {
       return false;
     }
     for (size_t i = 0; i < kTable; ++i) {

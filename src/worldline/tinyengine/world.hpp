@@ -100,6 +100,25 @@ class World {
     return status;
   }
 
+  // Bring an action in the world's own units into the form that `step` takes.
+  Status action(const float* native, int16_t* out) const {
+    const Status status = usable(native);
+    if (status != Status::ok || out == nullptr) {
+      return status != Status::ok ? status : Status::bad_argument;
+    }
+    const Normalising* by = at<Normalising>(predictor_->actions_at);
+    for (size_t i = 0; i < predictor_->action; ++i) {
+      const float value = clamp(native[i], by[i].low, by[i].high);
+      const float steps = (value - by[i].mean) * by[i].factor + 0.5f;
+      if (!(steps > -1e9f && steps < 1e9f)) {  // nor is NaN
+        return Status::bad_argument;
+      }
+      const int32_t cut = static_cast<int32_t>(steps);
+      out[i] = static_cast<int16_t>(saturate16(static_cast<float>(cut) > steps ? cut - 1 : cut));
+    }
+    return Status::ok;
+  }
+
   // Imagine one step.
   Status step(const int16_t* action) {
     const Status status = begun(action);
@@ -123,6 +142,9 @@ class World {
 
   // The current latent and, behind it, what is remembered: `state_size()` values. To be copied from and to.
   int16_t* state() { return reinterpret_cast<int16_t*>(arena_ + predictor_->state_at); }
+
+  const int16_t* memory() { return state() + padded(predictor_->latent, kRowAlign); }
+  size_t memory_size() const { return predictor_ != nullptr ? predictor_->hidden : 0; }
 
   // Draw the current latent; rows are handed to `emit` as they are made.
   Status decode(Emit emit, void* user) {

@@ -24,6 +24,7 @@ uint8_t tinyengine_open(void* handle, const uint8_t* program, size_t size, uint8
 
 size_t tinyengine_latent_size(void* handle) { return of(handle).latent_size(); }
 size_t tinyengine_action_size(void* handle) { return of(handle).action_size(); }
+size_t tinyengine_memory_size(void* handle) { return of(handle).memory_size(); }
 size_t tinyengine_state_size(void* handle) { return of(handle).state_size(); }
 
 uint8_t tinyengine_encode(void* handle, const uint8_t* frames, size_t rows, size_t count, int16_t* z) {
@@ -34,6 +35,18 @@ uint8_t tinyengine_encode(void* handle, const uint8_t* frames, size_t rows, size
       status = world.push_row(frames);
     }
     status = status == Status::ok ? world.latent(z) : status;
+    if (status != Status::ok) {
+      return code(status);
+    }
+  }
+  return 0;
+}
+
+// Native actions to those that `tinyengine_step` takes.
+uint8_t tinyengine_actions(void* handle, const float* native, size_t count, int16_t* out) {
+  World& world = of(handle);
+  for (size_t i = 0; i < count; ++i, native += world.action_size(), out += world.action_size()) {
+    const Status status = world.action(native, out);
     if (status != Status::ok) {
       return code(status);
     }

@@ -1,0 +1,197 @@
+"""A whole world in integers: near the float one, and the same bytes from Python, this machine, every board and play."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from toy_world import SPEC, TINY
+from worldline.core.errors import WorldlineError
+from worldline.edge import commands, play
+from worldline.edge.build import BOARDS
+from worldline.edge.commands import Command
+from worldline.edge.emit import write_bundle
+from worldline.edge.program import write_world
+from worldline.edge.quantise import Calibration, quantise
+from worldline.edge.world import IntegerWorld, State
+from worldline.engine.recording import Kind
+from worldline.engine.runtime import _EVENT, Engine, _genesis
+from worldline.engine.workloads import open_workload
+from worldline.engine.workloads.latent import Starts, save_starts
+from worldline.model import World
+from worldline.model.checkpoint import load_world, save_world
+from worldline.model.int8 import PROGRAM, Int8World
+
+CONTEXT, STEPS = 4, 20
+ON_BOARDS = [pytest.param(name, marks=pytest.mark.cortex) for name in ("m4", "m7", "m33", "m55")]
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ (apt-get install g++)")
+
+
+def pictures(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Return smooth pictures."""
+    coarse = torch.from_numpy(rng.uniform(0, 255, (count, 3, 5, 5)))
+    fine = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bicubic").clamp(0, 255)
+    return fine.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+
+
+@pytest.fixture(scope="module", params=["none", "normalise"])
+def worlds(request) -> tuple[World, IntegerWorld]:
+    """A world with the statistics of a trained one, and the same in integers."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    world = World(replace(TINY, projection=request.param), SPEC)
+    frames = torch.from_numpy(pictures(rng, 256))
+    world.train()
+    with torch.no_grad():
+        for _ in range(40):
+            world.encode(frames)
+        for parameter in world.predictor.parameters():  # so that steps go somewhere
+            parameter.mul_(1.5)
+        world.eval()
+        z = world.encode(frames)
+        world.gauge.fit(world, z)
+    actions = torch.from_numpy(rng.uniform(0, 512, (16, CONTEXT + STEPS - 1, 2)).astype(np.float32))
+    context = z[: 16 * CONTEXT].reshape(16, CONTEXT, -1)
+    return world, quantise(world, Calibration(frames, context, actions))
+
+
+def test_integers_follow_the_float_world(worlds):
+    world, whole = worlds
+    rng = np.random.default_rng(1)
+    frames = pictures(rng, 64)
+    z = whole.encode(frames)
+    with torch.inference_mode():
+        real = world.encode(torch.from_numpy(frames)).numpy()
+    cosine = (z * real).sum(1) / np.linalg.norm(z.astype(float), axis=1) / np.linalg.norm(real, axis=1)
+    assert cosine.min() > 0.99
+    native = rng.uniform(0, 512, (16, STEPS, 2)).astype(np.float32)
+    state, ours = whole.begin(z[:16, None], np.zeros((16, 0, 2), np.int16)), []
+    for action in whole.actions.run(native).transpose(1, 0, 2):
+        state = whole.step(state, action)
+        ours.append(state.z * whole.scale)
+    with torch.inference_mode():
+        begun = world.begin(torch.from_numpy(z[:16, None] * np.float32(whole.scale)), torch.zeros(16, 0, 2))
+        theirs = world.rollout(begun, torch.from_numpy(native)).numpy()
+        drawn = world.decode(torch.from_numpy(theirs[:, -1])).numpy().astype(int)
+    moved = np.square(theirs - theirs[:, :1]).mean()
+    assert np.square(np.stack(ours, axis=1) - theirs).mean() < 0.01 * moved
+    assert np.abs(whole.decode(state.z).astype(int) - drawn).mean() < 3
+
+
+@needs_compiler
+@pytest.mark.parametrize("board", ["host", *ON_BOARDS])
+def test_every_build_answers_with_the_references_bytes(worlds, tmp_path, board):
+    _, whole = worlds
+    target = None if board == "host" else BOARDS[board]
+    rng = np.random.default_rng(2)
+    program, arena = write_world(whole)
+    asked, wanted = [], []
+
+    def ask(verb, values=None, want=None):
+        asked.append(Command(verb, values))
+        wanted.append(want)
+
+    frames = pictures(rng, 3)
+    z = whole.encode(frames)
+    for frame, latent in zip(frames, z, strict=True):
+        ask("picture", frame, latent)
+    ask("begin", z[0])
+    state = State(z[:1], np.zeros((1, whole.hidden), np.int16))
+    for t in range(6):
+        action = rng.integers(-(2**15), 2**15, (1, 2)).astype(np.int16)  # far beyond what actions are
+        state = whole.step(state, action)
+        ask("step", action[0], state.z[0])
+        ask("region", None, whole.gauge.region(state.z))
+        ask("drift", z[1], whole.gauge.drift(state.z, z[1:2]))
+        if t == 2:
+            ask("observe", z[2])
+            state = State(z[2:3], state.h)
+        ask("decode", None, whole.decode(state.z)[0])
+    image = commands.compile_world(target, tmp_path, arena)
+    replies, stack = commands.run_world(target, image, program, whole, asked)
+    for i, (command, reply, want) in enumerate(zip(asked, replies, wanted, strict=True)):
+        assert reply.status == "ok", f"{i}: {command.verb}"
+        if want is not None:
+            np.testing.assert_array_equal(reply.values, want, err_msg=f"{i}: {command.verb}")
+    assert (stack == 0) == (target is None)
+
+
+@needs_compiler
+def test_calls_in_a_wrong_order_are_refused(worlds, tmp_path):
+    _, whole = worlds
+    program, arena = write_world(whole)
+    image = commands.compile_world(None, tmp_path, arena)
+    zero = np.zeros(2, np.int16)
+    replies, _ = commands.run_world(None, image, program, whole, [Command("step", zero)])
+    assert replies[0].status == "wrong_order"
+    with pytest.raises(WorldlineError, match="damaged"):
+        commands.run_world(None, image, program[:-1] + bytes([program[-1] ^ 1]), whole, [])
+    with pytest.raises(WorldlineError, match="not_a_program"):
+        commands.run_world(None, image, b"x" * 400, whole, [])
+
+
+@pytest.fixture
+def bundle(worlds, tmp_path) -> Path:
+    world, whole = worlds
+    rng = np.random.default_rng(3)
+    checkpoint = save_world(tmp_path / "world", world, training={})
+    starts = Starts(
+        frames=pictures(rng, 2 * CONTEXT).reshape(2, CONTEXT, 32, 32, 3),
+        actions=rng.uniform(0, 512, (2, CONTEXT - 1, 2)).astype(np.float32),
+        seeds=np.zeros(2, np.int64),
+        prefix=np.zeros((2, 1, 2), np.float32),
+        prefix_lengths=np.zeros(2, np.int64),
+    )
+    save_starts(checkpoint, starts)
+    return write_bundle(tmp_path / "bundle", checkpoint, whole, {})
+
+
+@needs_compiler
+def test_a_bundle_is_a_world(worlds, bundle):
+    _, whole = worlds
+    world = load_world(bundle)
+    assert isinstance(world, Int8World)
+    frames = pictures(np.random.default_rng(4), 6)
+    z = world.encode(torch.from_numpy(frames).reshape(2, 3, 32, 32, 3))
+    want = whole.encode(frames).reshape(2, 3, -1)
+    np.testing.assert_array_equal(np.round(z.numpy() / whole.scale), want)
+    native = np.random.default_rng(5).uniform(-20, 540, (2, 5, 2)).astype(np.float32)  # some beyond the range
+    actions = whole.actions.run(native)
+    state = whole.begin(want, actions[:, :2])
+    rollout = world.rollout(world.begin(z, torch.from_numpy(native[:, :2])), torch.from_numpy(native[:, 2:]))
+    for t in range(3):
+        state = whole.step(state, actions[:, 2 + t])
+        np.testing.assert_array_equal(np.round(rollout[:, t].numpy() / whole.scale), state.z)
+    np.testing.assert_array_equal(world.decode(rollout[:, -1]).numpy(), whole.decode(state.z))
+    (bundle / PROGRAM).write_bytes((bundle / PROGRAM).read_bytes()[:-1])
+    with pytest.raises(WorldlineError, match="SHA-256"):
+        load_world(bundle)
+
+
+@needs_compiler
+@pytest.mark.parametrize("board", ["host", *ON_BOARDS])
+def test_firmware_plays_a_session_to_the_same_chain(worlds, bundle, tmp_path, board):
+    workload = open_workload(bundle)
+    rng = np.random.default_rng(6)
+    seed, chains, events = 1, [], []
+
+    def happened(kind: Kind, cause: bytes, chain: bytes, **seen: np.ndarray) -> None:
+        events.append(play.Event(_EVENT.pack(kind, len(events), len(cause)) + cause, **seen))
+        chains.append(chain)
+
+    with Engine(workload) as engine:
+        genesis = _genesis(engine.layout)
+        starts, frame = workload.starts, engine.reset(seed)
+        happened(Kind.RESET, struct.pack("<q", seed), frame.chain, pictures=starts.frames[1], actions=starts.actions[1])
+        for action in rng.uniform(-50, 560, (12, 2)).astype(np.float32):
+            happened(Kind.STEP, action.tobytes(), engine.step(action).chain, actions=action[None])
+    target = None if board == "host" else BOARDS[board]
+    program = (bundle / PROGRAM).read_bytes()
+    image = play.compile_player(target, tmp_path / board, write_world(worlds[1])[1])
+    assert play.play(target, image, program, genesis, events) == chains
