@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,12 @@ def _play(config: Any, flags: set[str]) -> int:
     from worldline.checkpoints import add_starts
     from worldline.serve.app import serve
 
-    if config.checkpoint:
+    if config.precision == "int8":
+        from worldline.edge.emit import bundle_for
+        from worldline.model.checkpoint import shipped_worlds
+
+        config = replace(config, checkpoint=str(bundle_for(config.checkpoint or shipped_worlds()[0])))
+    elif config.checkpoint:
         add_starts(config.checkpoint)
     serve(config)
     return 0
@@ -467,7 +472,7 @@ COMMANDS: dict[str, Command] = {
             A bundle is a world: evaluate, plan and play take it like a checkpoint, and compute in integers.
             """,
             examples=(
-                ("worldline export pusht data=datasets/pusht out=runs/pusht-int8", "the shipped world"),
+                ("worldline export pusht", "the shipped world, to runs/pusht-int8"),
                 ("worldline evaluate runs/pusht-int8 data=datasets/pusht", "what the integers cost"),
             ),
             run=_export,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from worldline.core.errors import WorldlineError
-from worldline.core.files import fsync_directory, sha256_file, write_bytes, write_json
+from worldline.core.files import fsync_directory, read_json, sha256_file, write_bytes, write_json
 from worldline.core.native import TINYENGINE
 from worldline.core.result import provenance
 from worldline.core.seeding import rng_for
@@ -80,6 +80,31 @@ def write_bundle(out: Path, checkpoint: Path, world: IntegerWorld, calibration: 
     return out
 
 
+def bundle_for(checkpoint: str) -> Path:
+    """Return a checkpoint's bundle, `runs/NAME-int8`, made now if there is none.
+
+    Raises:
+        WorldlineError: another checkpoint's bundle lies there, or the dataset it was trained on is not here.
+    """
+    if is_bundle(checkpoint):
+        return Path(checkpoint)
+    card, place = read_card(checkpoint), Path("runs") / f"{Path(checkpoint).name}-int8"
+    if place.exists():
+        if not is_bundle(place) or read_json(place / MANIFEST).get("weights") != card["weights"]["sha256"]:
+            raise WorldlineError(
+                f"{place} is not the bundle of {checkpoint}; move it away, or play a bundle by its own path"
+            )
+        return place
+    data = Path(str(card["training"].get("config", {}).get("data") or "-"))
+    if not data.is_dir():
+        raise WorldlineError(
+            f"{checkpoint} has no bundle, and the data it was trained on ({data}) is not here to measure ranges on; "
+            f"make one with: worldline export {checkpoint} data=DATASET"
+        )
+    print(f"{place}: exporting {checkpoint}, once")
+    return export(ExportConfig(checkpoint=checkpoint, data=data, out=place))
+
+
 def calibration(world: World, dataset: Dataset, config: ExportConfig) -> Calibration:
     """Choose frames and rollouts from training episodes.
 
@@ -137,6 +162,7 @@ def _write(out: Path, checkpoint: Path, world: IntegerWorld, calibration: dict[s
         "format": FORMAT,
         "version": 1,
         "world": read_card(checkpoint)["spec"]["name"],
+        "weights": read_card(checkpoint)["weights"]["sha256"],
         "scale": world.scale,
         "arena_bytes": arena_bytes,
         "sizes": sizes(world, program, arena_bytes),

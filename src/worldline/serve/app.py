@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -96,6 +96,8 @@ class PlayConfig:
     """cpu or cuda."""
     dtype: Dtype = "float32"
     """float32, and on cuda bfloat16 or float16."""
+    precision: Literal["float", "int8"] = "float"
+    """int8 plays the checkpoint's bundle (worldline export), and makes it first where there is none."""
     recordings: str = "recordings"
     """Folder of replay files."""
     determinism: Level = "machine"
