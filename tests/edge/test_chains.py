@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from random_chains import random_chain
 from worldline.edge import cases
 from worldline.edge.build import BOARDS
 from worldline.edge.graph import Chain
+from worldline.edge.program import HEADER
 from worldline.edge.tflite import read_chain
 
 DS96 = Path(__file__).parents[1] / "data/ds96_int8.tflite"
@@ -34,8 +37,34 @@ def assert_equal(target, image, chosen) -> None:
 
 
 @needs_compiler
-def test_two_thousand_random_chains_give_the_references_bytes(tmp_path):
-    assert_equal(None, cases.compile_cases(None, tmp_path), random_cases(0, 2000))
+@pytest.mark.parametrize(("options", "count"), [((), 2000), (("-DTINYENGINE_SCALAR",), 400)], ids=["native", "scalar"])
+def test_random_chains_give_the_references_bytes(tmp_path, options, count):
+    assert_equal(None, cases.compile_cases(None, tmp_path, options), random_cases(len(options), count))
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [(), ("-DTINYENGINE_SCALAR",)], ids=["native", "scalar"])
+def test_hostile_programs_are_refused_or_harmless(tmp_path, options):
+    """Words of a program are changed and its checksum put right; sanitisers watch for a step outside."""
+    watch = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", *options)
+    image = cases.compile_cases(None, tmp_path, watch)
+    rng = np.random.default_rng(4)
+    hostile = []
+    for chain, picture in random_cases(5, 150, 12):
+        case = cases.case_of(chain, picture)
+        for _ in range(8):
+            program = bytearray(case.program)
+            word = 4 * int(rng.integers(HEADER.size // 4, len(program) // 4))
+            if rng.random() < 0.8:  # records, which lie at the end, hold all sizes and places
+                word = len(program) - 4 * int(rng.integers(1, min(140, len(program) // 4 - HEADER.size // 4)))
+            value = rng.choice([0, 1, 2, 7, 255, 4096, 2**16, 2**31 - 1, 2**31, 2**32 - 1, rng.integers(2**32)])
+            program[word : word + 4] = int(value).to_bytes(4, "little")
+            program[16:20] = zlib.crc32(program[HEADER.size :]).to_bytes(4, "little")
+            hostile.append(replace(case, program=bytes(program)))
+    found = Counter(outcome.status for outcome in cases.run_cases(None, image, hostile))
+    assert set(found) <= {"ok", "bad_program", "bad_argument"}
+    assert found["bad_program"] > 300
+    assert found["ok"] > 100
 
 
 @pytest.mark.cortex

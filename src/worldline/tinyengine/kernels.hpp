@@ -8,6 +8,8 @@
 #include "kernels_mve.hpp"
 #elif defined(__ARM_FEATURE_DSP) && __ARM_FEATURE_DSP
 #include "kernels_dsp.hpp"
+#elif defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include "kernels_vnni.hpp"
 #else
 #include "kernels_scalar.hpp"
 #endif

@@ -12,6 +12,9 @@ namespace tinyengine {
 // The fours of both patches of a block take turns.
 using Lane = int16_t;
 constexpr size_t kBlock = 2;
+constexpr bool kRearranged = false;
+
+inline bool rearrange(const int8_t*, size_t, const Channel*, size_t) { return true; }
 
 inline int16x2_t even(uint32_t bytes) { return __sxtb16(static_cast<int8x4_t>(bytes)); }
 

@@ -11,6 +11,9 @@ namespace tinyengine {
 // A patch is what one output pixel is computed from, as lanes; a block is as many patches as are computed together.
 using Lane = int8_t;
 constexpr size_t kBlock = 4;
+constexpr bool kRearranged = false;
+
+inline bool rearrange(const int8_t*, size_t, const Channel*, size_t) { return true; }
 
 // Turn `n` bytes into the lanes of patch `p` of a block; `lanes` apart the patches begin.
 inline void expand(const int8_t* from, size_t n, Lane* block, size_t p, size_t lanes) {

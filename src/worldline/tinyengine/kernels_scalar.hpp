@@ -1,4 +1,4 @@
-// Kernels in plain C++: what every other variant must equal. On x86 the compiler turns the dot products into VNNI.
+// Kernels in plain C++: what every other variant must equal.
 #ifndef TINYENGINE_KERNELS_SCALAR_HPP
 #define TINYENGINE_KERNELS_SCALAR_HPP
 
@@ -9,6 +9,9 @@ namespace tinyengine {
 // A patch is what one output pixel is computed from, as lanes; a block is as many patches as are computed together.
 using Lane = int8_t;
 constexpr size_t kBlock = 4;
+constexpr bool kRearranged = false;
+
+inline bool rearrange(const int8_t*, size_t, const Channel*, size_t) { return true; }
 
 // Turn `n` bytes into the lanes of patch `p` of a block; `lanes` apart the patches begin.
 inline void expand(const int8_t* from, size_t n, Lane* block, size_t p, size_t lanes) {
@@ -33,50 +36,18 @@ inline void dot_block(const Lane* block, size_t num_patches, size_t depth, const
 // Where a depthwise pixel goes: to bytes, or to the lanes of a block's patch.
 struct ToBytes {
   int8_t* out;
-  int8_t* place() const { return out; }
+  void put(size_t c, int32_t value) const { out[c] = static_cast<int8_t>(value); }
 };
 
 struct ToLanes {
   Lane* block;
   size_t p;
   size_t lanes;
-  int8_t* place() const { return block + p * lanes; }
+  void put(size_t c, int32_t value) const { block[p * lanes + c] = static_cast<Lane>(value); }
 };
 
-// One pixel of a depthwise convolution; weights are [tap][channel].
-template <class To>
-void depthwise_pixel(const int8_t* const* taps, size_t num_taps, const int16_t* weights, const Channel* by,
-                     size_t channels, const Finish& to, const To& out) {
-  for (size_t c = 0; c < channels; ++c) {
-    int32_t acc = by[c].bias;
-    for (size_t t = 0; t < num_taps; ++t) {
-      acc += taps[t][c] * weights[t * channels + c];
-    }
-    out.place()[c] = static_cast<int8_t>(finish(acc, by[c], to));
-  }
-}
-
-// y = x . row of several rows, int16 with int8; n is a multiple of 16.
-template <size_t kRows>
-inline void dots_wide(const int16_t* x, const int8_t* const (&rows)[kRows], size_t n, int32_t (&out)[kRows]) {
-  for (size_t row = 0; row < kRows; ++row) {
-    int32_t acc = 0;
-    for (size_t i = 0; i < n; ++i) {
-      acc += x[i] * static_cast<int16_t>(rows[row][i]);
-    }
-    out[row] = acc;
-  }
-}
-
-// y = x . row, int8 with int8.
-inline int32_t dot_narrow(const int8_t* x, const int8_t* row, size_t n) {
-  int32_t acc = 0;
-  for (size_t i = 0; i < n; ++i) {
-    acc += static_cast<int16_t>(x[i]) * static_cast<int16_t>(row[i]);
-  }
-  return acc;
-}
-
 }  // namespace tinyengine
+
+#include "kernels_plain.hpp"
 
 #endif

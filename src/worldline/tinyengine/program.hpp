@@ -313,6 +313,45 @@ inline Status check(const uint8_t* program, size_t size_bytes, const uint8_t* ar
   return Status::ok;
 }
 
+// Where a program lies: in memory that can be written, where its weights are rearranged before use.
+template <bool kWritten>
+struct BytesOf {
+  using Type = const uint8_t;
+};
+template <>
+struct BytesOf<true> {
+  using Type = uint8_t;
+};
+using ProgramBytes = BytesOf<kRearranged>::Type;
+
+inline bool rearrange_chain(const uint8_t*, uint32_t) { return true; }
+
+inline bool rearrange_chain(uint8_t* program, uint32_t at) {
+  const Chain* chain = reinterpret_cast<const Chain*>(program + at);
+  const Stage* stages = reinterpret_cast<const Stage*>(program + chain->stages_at);
+  for (size_t i = 0; at != 0 && i < chain->num_stages; ++i) {
+    const Stage& s = stages[i];
+    if ((s.kind == Kind::conv || s.kind == Kind::separable) &&
+        !rearrange(reinterpret_cast<int8_t*>(program + s.weights_at), patch_lanes(s),
+                   reinterpret_cast<Channel*>(program + s.by_at), s.channels)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Check a program and make it ready for the kernels. Where these want weights in another order, the program is theirs
+// from now on: taken a second time, it is `damaged`.
+inline Status take(ProgramBytes* program, size_t size_bytes, const uint8_t* arena, size_t arena_bytes) {
+  const Status status = check(program, size_bytes, arena, arena_bytes);
+  if (status != Status::ok || !kRearranged) {
+    return status;
+  }
+  const Header& header = *reinterpret_cast<const Header*>(program);
+  const bool done = rearrange_chain(program, header.encoder_at) && rearrange_chain(program, header.decoder_at);
+  return done ? Status::ok : Status::small_arena;
+}
+
 }  // namespace tinyengine
 
 #endif

@@ -11,9 +11,9 @@ namespace tinyengine {
 class World {
  public:
   // Check the program and take hold of it. Any later call without this is `wrong_order`.
-  Status init(const uint8_t* program, size_t size_bytes, uint8_t* arena, size_t arena_bytes) {
+  Status init(ProgramBytes* program, size_t size_bytes, uint8_t* arena, size_t arena_bytes) {
     ready_ = false;
-    const Status status = check(program, size_bytes, arena, arena_bytes);
+    const Status status = take(program, size_bytes, arena, arena_bytes);
     if (status != Status::ok) {
       return status;
     }

@@ -22,11 +22,14 @@ struct Case {
 // What lies beyond it is not the room's: a sanitiser sees a step too far.
 uint8_t* last_of(uint8_t* room, size_t n) { return room + kRoom - padded(n, 16); }
 
-void run(const uint8_t* program, uint8_t* arena, uint32_t* head) {
+Status run(const uint8_t* program, uint8_t* arena, size_t picture_bytes, uint32_t* head) {
   const Chain* chain = reinterpret_cast<const Chain*>(program + reinterpret_cast<const Header*>(program)->encoder_at);
   RowStream stream;
   stream.bind(program, chain, arena);
   const size_t row_bytes = stream.first().in_columns * stream.first().in_channels;
+  if (row_bytes * stream.first().in_rows > picture_bytes || chain->num_outputs > kRoom / 2) {
+    return Status::bad_argument;
+  }
   const int8_t* row = reinterpret_cast<const int8_t*>(picture);
   const Emit emit = [](void*, uint32_t y, const uint8_t* bytes, size_t n) {
     if ((y + 1) * n <= kRoom) {
@@ -43,6 +46,7 @@ void run(const uint8_t* program, uint8_t* arena, uint32_t* head) {
     stream.outputs(reinterpret_cast<int16_t*>(results));
   }
   head[1] = static_cast<uint32_t>(board::ticks());
+  return Status::ok;
 }
 
 }  // namespace
@@ -61,10 +65,10 @@ extern "C" int main() {
       board::print("cases.bin: a case is cut off, or larger than its room\n");
       return 1;
     }
-    const Status status = check(program, sizes.program_bytes, arena, sizes.arena_bytes);
+    const Status status = take(program, sizes.program_bytes, arena, sizes.arena_bytes);
     uint32_t head[3] = {static_cast<uint32_t>(status), 0, 0};
     if (status == Status::ok) {
-      run(program, arena, head);
+      head[0] = static_cast<uint32_t>(run(program, arena, sizes.picture_bytes, head));
     }
     head[2] = static_cast<uint32_t>(board::stack_used());
     if (!out.write(head, sizeof head) || !out.write(results, sizes.result_bytes)) {

@@ -17,8 +17,9 @@ extern "C" {
 
 size_t tinyengine_handle_bytes() { return sizeof(World); }
 
-// `handle` is memory of `tinyengine_handle_bytes()`, aligned to 16 bytes as program and arena.
-uint8_t tinyengine_open(void* handle, const uint8_t* program, size_t size, uint8_t* arena, size_t arena_bytes) {
+// The program is the world's from now on, which may rearrange it. `handle` is memory of `tinyengine_handle_bytes()`,
+// aligned to 16 bytes as program and arena.
+uint8_t tinyengine_open(void* handle, uint8_t* program, size_t size, uint8_t* arena, size_t arena_bytes) {
   return code((new (handle) World())->init(program, size, arena, arena_bytes));
 }
 
