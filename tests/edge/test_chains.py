@@ -16,24 +16,36 @@ from worldline.edge import cases
 from worldline.edge.build import BOARDS
 from worldline.edge.graph import Chain
 from worldline.edge.program import HEADER
+from worldline.edge.schedule import Plan, plan_rows, plan_tiles
 from worldline.edge.tflite import read_chain
 
 DS96 = Path(__file__).parents[1] / "data/ds96_int8.tflite"
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ (apt-get install g++)")
 
 
-def random_cases(seed: int, count: int, channels: int = 20) -> list[tuple[Chain, np.ndarray]]:
+def random_cases(seed: int, count: int, channels: int = 20) -> list[tuple[Chain, np.ndarray, Plan]]:
+    """Return chains with a picture and a plan each: streamed, layer by layer, or in tiles of any size."""
     rng = np.random.default_rng(seed)
-    return [random_chain(lambda low, high: int(rng.integers(low, high + 1)), channels) for _ in range(count)]
+
+    def pick(low: int, high: int) -> int:
+        return int(rng.integers(low, high + 1))
+
+    chosen = []
+    for _ in range(count):
+        chain, picture = random_chain(pick, channels)
+        tile = (pick(1, 8), pick(1, 8))
+        plan = plan_rows(chain) if pick(0, 1) else plan_tiles(chain, pick(0, len(chain.stages) - 1), tile)
+        chosen.append((chain, picture, plan))
+    return chosen
 
 
 def assert_equal(target, image, chosen) -> None:
-    outcomes = cases.run_cases(target, image, [cases.case_of(chain, picture) for chain, picture in chosen])
-    for i, ((chain, picture), outcome) in enumerate(zip(chosen, outcomes, strict=True)):
+    outcomes = cases.run_cases(target, image, [cases.case_of(*case) for case in chosen])
+    for i, ((chain, picture, plan), outcome) in enumerate(zip(chosen, outcomes, strict=True)):
         kinds = [(s.kind, s.size_in, s.size, s.kernel, s.stride, s.padding, s.upsample) for s in chain.stages]
         assert outcome.status == "ok", f"case {i}: {outcome.status} for {kinds}"
         got, want = cases.values_of(chain, outcome.result), chain.run(picture)[0]
-        np.testing.assert_array_equal(got, want, err_msg=f"case {i}: {kinds}, {type(chain.end).__name__}")
+        np.testing.assert_array_equal(got, want, err_msg=f"case {i}: {kinds}, {type(chain.end).__name__}, {plan}")
 
 
 @needs_compiler
@@ -50,8 +62,8 @@ def test_hostile_programs_are_refused_or_harmless(tmp_path, options):
     image = cases.compile_cases(None, tmp_path, watch)
     rng = np.random.default_rng(4)
     hostile = []
-    for chain, picture in random_cases(5, 150, 12):
-        case = cases.case_of(chain, picture)
+    for chosen in random_cases(5, 150, 12):
+        case = cases.case_of(*chosen)
         for _ in range(8):
             program = bytearray(case.program)
             word = 4 * int(rng.integers(HEADER.size // 4, len(program) // 4))
@@ -83,8 +95,8 @@ def test_random_chains_give_the_same_bytes_on_a_board(tmp_path, board, options):
 @needs_compiler
 def test_a_changed_bit_is_noticed(tmp_path):
     image = cases.compile_cases(None, tmp_path)
-    chain, picture = random_cases(2, 1)[0]
-    case = cases.case_of(chain, picture)
+    chain, picture, plan = random_cases(2, 1)[0]
+    case = cases.case_of(chain, picture, plan)
     damaged = bytearray(case.program)
     damaged[len(damaged) // 2] ^= 1
     (outcome,) = cases.run_cases(None, image, [replace(case, program=bytes(damaged))])

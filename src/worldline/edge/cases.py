@@ -16,7 +16,8 @@ from worldline.core.native import TINYENGINE
 from worldline.edge import build
 from worldline.edge.build import Board
 from worldline.edge.graph import Average, Chain, Flatten, Pixels
-from worldline.edge.program import Writer, finish_program, padded, plan_rows, write_chain
+from worldline.edge.program import Writer, finish_program, write_chain
+from worldline.edge.schedule import Plan, padded, plan_rows
 
 SOURCE = TINYENGINE / "firmware/cases.cpp"
 STATUS = (
@@ -53,9 +54,9 @@ class Outcome:
     result: bytes
 
 
-def case_of(chain: Chain, picture: NDArray[np.int8]) -> Case:
-    """Write a chain down as a program of its own, streamed row by row."""
-    out, plan = Writer(), plan_rows(chain, 0)
+def case_of(chain: Chain, picture: NDArray[np.int8], plan: Plan | None = None) -> Case:
+    """Write a chain down as a program of its own, by a plan that begins at 0, or (None) streamed row by row."""
+    out, plan = Writer(), plan or plan_rows(chain)
     place, arena = write_chain(out, chain, plan), padded(plan.end, 16)
     if isinstance(chain.end, (Flatten, Average)):
         result = 2 * len(chain.end.matrix.weight)

@@ -18,8 +18,9 @@ from worldline.core.result import provenance
 from worldline.core.seeding import rng_for
 from worldline.data.cache import FrameCache
 from worldline.data.lerobot import Dataset, open_dataset
-from worldline.edge.program import plan_rows, write_world
+from worldline.edge.program import write_world
 from worldline.edge.quantise import Calibration, quantise
+from worldline.edge.schedule import plan_rows
 from worldline.edge.world import IntegerWorld
 from worldline.model.checkpoint import find_world, load_world, read_card
 from worldline.model.int8 import CHECKPOINT, FORMAT, MANIFEST, PROGRAM, is_bundle
@@ -140,8 +141,8 @@ def sizes(world: IntegerWorld, program: bytes, arena_bytes: int) -> dict[str, An
     return {
         "program_bytes": len(program),
         "arena_bytes": arena_bytes,
-        "encoder_arena_bytes": plan_rows(world.encoder, 0).end,
-        "decoder_arena_bytes": plan_rows(world.decoder, 0).end,
+        "encoder_arena_bytes": plan_rows(world.encoder).size,
+        "decoder_arena_bytes": plan_rows(world.decoder).size,
         "encode_macs": world.encoder.macs,
         "step_macs": step,
         "decode_macs": world.decoder.macs + world.drawing.matrix.weight.size,

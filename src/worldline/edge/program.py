@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,12 @@ from numpy.typing import NDArray
 
 from worldline.edge import integer
 from worldline.edge.graph import Affine, Average, Chain, Flatten, Pixels, Rows, Stage
+from worldline.edge.schedule import ROW_ALIGN, Plan, padded, plan_rows
 from worldline.edge.world import Dense, IntegerWorld
 
 MAGIC, VERSION = b"worldtin", 1
-ROW_ALIGN, BLOCK = 16, 4
 HEADER = struct.Struct("<8s14I")
 _KINDS = {"conv": 1, "depthwise": 2, "separable": 3, "average": 4, "max": 5}
-
-
-def padded(n: int, to: int) -> int:
-    return -(-n // to) * to
 
 
 class Writer:
@@ -45,45 +40,11 @@ class Writer:
         return self.put(b"".join(struct.pack("<I", word & 0xFFFFFFFF) for word in words), align=4)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Where a streamed chain keeps what it needs, in bytes of the arena."""
-
-    rings: tuple[tuple[int, int], ...]
-    """Of each stage: where its last input rows are kept, and how many."""
-    scratch: int
-    piece: int
-    sums: int
-    end: int
-    """The first byte behind."""
-
-
-def plan_rows(chain: Chain, start: int) -> Plan:
-    """Lay a chain's rings, scratch, last piece and sums out, one behind the other."""
-    at, rings = padded(start, 8), []
-    for stage in chain.stages:
-        rows = min(stage.kernel // 2 + 1 if stage.upsample else stage.kernel, stage.size_in[0])
-        rings.append((at, rows))
-        at = padded(at + rows * stage.size_in[1] * stage.size_in[2], 8)
-    scratch = at
-    at += max(
-        (BLOCK + (stage.kind == "conv" and stage.kernel > 1)) * padded(stage.depth, ROW_ALIGN) for stage in chain.stages
-    )
-    piece = at
-    _, columns, channels = chain.stages[-1].size
-    if isinstance(chain.end, (Rows, Pixels)):
-        at += padded(columns * channels, 4) + (columns * 6 if isinstance(chain.end, Pixels) else 0)
-    else:
-        at += max(BLOCK, 1) * channels
-    sums = at = padded(at, 8)
-    if isinstance(chain.end, (Flatten, Average)):
-        at += 4 * (len(chain.end.matrix.weight) if isinstance(chain.end, Flatten) else channels)
-    return Plan(tuple(rings), scratch, piece, sums, at)
-
-
 def write_chain(out: Writer, chain: Chain, plan: Plan) -> int:
     """Append a chain, and return where its record lies."""
-    records = b"".join(_stage(out, stage, *ring) for stage, ring in zip(chain.stages, plan.rings, strict=True))
+    records = b"".join(
+        _stage(out, stage, ring.at, ring.rows) for stage, ring in zip(chain.stages, plan.rings, strict=True)
+    )
     stages_at, end = out.put(records), chain.end
     matrix, mean, zeros, shades_at = None, (0, 0, 0), (0, 0), 0
     if isinstance(end, Flatten):
@@ -101,8 +62,8 @@ def write_chain(out: Writer, chain: Chain, plan: Plan) -> int:
         num_outputs, finish = len(matrix.weight), (matrix.zero_out, matrix.low, matrix.high)
         weights_at, by_at = out.put(rows_of(matrix.weight)), out.put(channels_of(matrix, zero_in))
     return out.put_words(
-        len(chain.stages), stages_at, kind, plan.scratch, plan.piece, plan.sums, num_outputs, weights_at, by_at,
-        shades_at, *finish, *mean, *zeros,
+        len(chain.stages), stages_at, kind, plan.kind, plan.num_tiled, *plan.tile, plan.scratch, plan.piece, plan.sums,
+        num_outputs, weights_at, by_at, shades_at, *finish, *mean, *zeros,
     )  # fmt: skip
 
 

@@ -15,20 +15,52 @@ enum class End : uint32_t {
   average = 4,  // every channel's mean over the grid, scaled, then a matrix
 };
 
+enum class Schedule : uint32_t {
+  rows = 1,   // every row goes down the chain as soon as it can be made
+  tiles = 2,  // the picture is kept; the first stages run tile by tile, the others one after the other
+};
+
 // As it lies in a program.
 struct Chain {
   uint32_t num_stages, stages_at;
   End end;
-  uint32_t scratch_at;         // in the arena: what `stage_row` wants
-  uint32_t piece_at;           // in the arena: kBlock pixels of the last grid, or a row of it and one of pixels
-  uint32_t sums_at;            // in the arena: int32 for every output, or channel
-  uint32_t num_outputs;        // of the matrix
-  uint32_t weights_at, by_at;  // of the matrix
-  uint32_t shades_at;          // pixels: 256 bytes
-  Finish out;                  // of the matrix
-  Channel mean;                // average: how means are scaled (any shift)
+  Schedule schedule;
+  uint32_t num_tiled;                // of the stages; the last is never among them
+  uint32_t tile_rows, tile_columns;  // of the last tiled stage's grid
+  uint32_t scratch_at;               // in the arena: what `stage_row` wants
+  uint32_t piece_at;                 // in the arena: kBlock pixels of the last grid, or a row of it and one of pixels
+  uint32_t sums_at;                  // in the arena: int32 for every output, or channel
+  uint32_t num_outputs;              // of the matrix
+  uint32_t weights_at, by_at;        // of the matrix
+  uint32_t shades_at;                // pixels: 256 bytes
+  Finish out;                        // of the matrix
+  Channel mean;                      // average: how means are scaled (any shift)
   int32_t mean_zero_in, mean_zero_out;
 };
+
+// Rows from y0 to before y1, columns from x0 to before x1.
+struct Range {
+  int32_t y0, y1, x0, x1;
+
+  void clip(uint32_t rows, uint32_t columns) {
+    y0 = clamp(y0, int32_t{0}, static_cast<int32_t>(rows));
+    y1 = clamp(y1, y0, static_cast<int32_t>(rows));
+    x0 = clamp(x0, int32_t{0}, static_cast<int32_t>(columns));
+    x1 = clamp(x1, x0, static_cast<int32_t>(columns));
+  }
+};
+
+// What a stage reads for a part of its grid.
+inline Range needed(const Stage& s, const Range& out) {
+  const int32_t stride = static_cast<int32_t>(s.stride);
+  const int32_t top = static_cast<int32_t>(s.top);
+  const int32_t left = static_cast<int32_t>(s.left);
+  const int32_t reach = static_cast<int32_t>(s.kernel) - 1;
+  Range in = {(out.y0 * stride - top) >> s.upsample, (((out.y1 - 1) * stride - top + reach) >> s.upsample) + 1,
+              (out.x0 * stride - left) >> s.upsample, (((out.x1 - 1) * stride - left + reach) >> s.upsample) + 1};
+  in.clip(s.in_rows, s.in_columns);
+  return in;
+}
 
 // Called with each finished row of an `End::rows` or `End::pixels` chain.
 using Emit = void (*)(void* user, uint32_t row, const uint8_t* bytes, size_t size_bytes);
@@ -70,6 +102,12 @@ class RowStream {
   // Take note of the row put at `next_row`, and make all that it allows.
   void pushed(Emit emit, void* user) {
     ++received_[0];
+    if (chain_->schedule == Schedule::tiles) {
+      if (full()) {
+        run_tiles(emit, user);
+      }
+      return;
+    }
     for (size_t i = 0;;) {
       if (!ready(i)) {
         if (i == 0) {
@@ -146,6 +184,65 @@ class RowStream {
       window.rows[row] = inside ? slot(i, static_cast<uint32_t>(y >> s.upsample)) : nullptr;
     }
     stage_row(s, program_, window, begin, end, reinterpret_cast<Lane*>(arena_ + chain_->scratch_at), out);
+  }
+
+  void run_tiles(Emit emit, void* user) {
+    const size_t num_tiled = chain_->num_tiled;
+    if (num_tiled > 0) {
+      const Stage& joint = stage(num_tiled - 1);
+      for (uint32_t y = 0; y < joint.rows; y += chain_->tile_rows) {
+        for (uint32_t x = 0; x < joint.columns; x += chain_->tile_columns) {
+          run_tile(y, x);
+        }
+      }
+    }
+    const size_t last_stage = chain_->num_stages - 1;
+    for (size_t i = num_tiled; i < last_stage; ++i) {
+      const Stage& s = stage(i);
+      for (; made_[i] < s.rows; ++made_[i]) {
+        make(i, 0, static_cast<int32_t>(s.columns), slot(i + 1, made_[i]));
+      }
+    }
+    for (; made_[last_stage] < last().rows; ++made_[last_stage]) {
+      finish_row(emit, user);
+    }
+  }
+
+  // One tile of the last tiled stage's grid, and of every grid before what it needs.
+  void run_tile(uint32_t y, uint32_t x) {
+    const size_t num_tiled = chain_->num_tiled;
+    Range out[kMaxStages];
+    const Stage& joint = stage(num_tiled - 1);
+    out[num_tiled - 1] = {static_cast<int32_t>(y), static_cast<int32_t>(y + chain_->tile_rows), static_cast<int32_t>(x),
+                          static_cast<int32_t>(x + chain_->tile_columns)};
+    out[num_tiled - 1].clip(joint.rows, joint.columns);
+    for (size_t i = num_tiled - 1; i > 0; --i) {
+      out[i - 1] = needed(stage(i), out[i]);
+    }
+    for (size_t i = 0; i < num_tiled; ++i) {
+      const Stage& s = stage(i);
+      const Range in =
+          i == 0 ? Range{0, static_cast<int32_t>(s.in_rows), 0, static_cast<int32_t>(s.in_columns)} : out[i - 1];
+      const size_t pitch = static_cast<size_t>(in.x1 - in.x0) * s.in_channels;
+      const int8_t* from = reinterpret_cast<const int8_t*>(arena_ + s.ring_at);
+      int8_t* to = reinterpret_cast<int8_t*>(arena_ + stage(i + 1).ring_at);
+      size_t out_pitch = static_cast<size_t>(out[i].x1 - out[i].x0) * s.channels;
+      if (i + 1 == num_tiled) {
+        out_pitch = static_cast<size_t>(s.columns) * s.channels;
+        to += static_cast<size_t>(out[i].y0) * out_pitch + static_cast<size_t>(out[i].x0) * s.channels;
+      }
+      for (int32_t row = out[i].y0; row < out[i].y1; ++row, to += out_pitch) {
+        Window window;
+        window.base = in.x0;
+        for (size_t k = 0; k < s.kernel; ++k) {
+          const int32_t at =
+              row * static_cast<int32_t>(s.stride) - static_cast<int32_t>(s.top) + static_cast<int32_t>(k);
+          const bool inside = at >= 0 && at < static_cast<int32_t>(s.in_rows << s.upsample);
+          window.rows[k] = inside ? from + static_cast<size_t>((at >> s.upsample) - in.y0) * pitch : nullptr;
+        }
+        stage_row(s, program_, window, out[i].x0, out[i].x1, reinterpret_cast<Lane*>(arena_ + chain_->scratch_at), to);
+      }
+    }
   }
 
   void finish_row(Emit emit, void* user) {

@@ -78,7 +78,8 @@ class Checker {
     return f.low >= -128 && f.high <= 127 && f.low <= f.high && f.zero >= -128 && f.zero <= 127;
   }
 
-  bool stage(const Stage& s) const {
+  // Sizes, weights and scales of a stage.
+  bool sound(const Stage& s) const {
     const bool conv = s.kind == Kind::conv || s.kind == Kind::separable;
     const bool deep = s.kind == Kind::depthwise || s.kind == Kind::separable;
     const bool pool = s.kind == Kind::average_pool || s.kind == Kind::max_pool;
@@ -96,8 +97,8 @@ class Checker {
     const uint32_t high = s.in_rows << s.upsample;
     const uint32_t wide = s.in_columns << s.upsample;
     // the last row and column begin inside; those of pools end there too
-    const uint32_t reach = pool ? s.kernel : 1;
-    if ((s.rows - 1) * s.stride + reach > high + s.top || (s.columns - 1) * s.stride + reach > wide + s.left) {
+    const uint32_t least = pool ? s.kernel : 1;
+    if ((s.rows - 1) * s.stride + least > high + s.top || (s.columns - 1) * s.stride + least > wide + s.left) {
       return false;
     }
     if (!conv && s.channels != s.in_channels) {
@@ -117,10 +118,21 @@ class Checker {
         return false;
       }
     }
-    const uint32_t least = s.upsample != 0 ? s.kernel / 2 + 1 : s.kernel;
-    const bool whole = s.ring_rows >= (least < s.in_rows ? least : s.in_rows);
-    return record<int8_t>(s.padding_at, s.in_channels) != nullptr && whole && s.ring_rows <= kMaxSide &&
-           arena(s.ring_at, uint64_t{s.ring_rows} * s.in_columns * s.in_channels, 1);
+    return record<int8_t>(s.padding_at, s.in_channels) != nullptr;
+  }
+
+  // Room for what is kept of a stage's input.
+  bool kept(const Stage& s, uint32_t rows, uint32_t columns) const {
+    return s.ring_rows >= rows && s.ring_rows <= kMaxSide &&
+           arena(s.ring_at, uint64_t{s.ring_rows} * columns * s.in_channels, 1);
+  }
+
+  // The most input rows (or columns) that `out` of a stage's rows need.
+  static uint32_t reach(const Stage& s, uint64_t out, uint32_t in) {
+    const uint64_t most = ((out - 1) * s.stride + s.kernel - 1) / (1u << s.upsample) + 2;
+    const uint64_t exact = (out - 1) * s.stride + s.kernel;
+    const uint64_t wanted = s.upsample != 0 ? most : exact;
+    return wanted < in ? static_cast<uint32_t>(wanted) : in;
   }
 
   bool chain(uint32_t at) const {
@@ -132,10 +144,29 @@ class Checker {
     if (stages == nullptr) {
       return false;
     }
+    const bool tiles = c->schedule == Schedule::tiles;
+    if ((!tiles && c->schedule != Schedule::rows) || c->num_tiled >= c->num_stages ||
+        (tiles && (!within(c->tile_rows, 1, kMaxSide) || !within(c->tile_columns, 1, kMaxSide)))) {
+      return false;
+    }
     uint64_t scratch = 0;
-    for (size_t i = 0; i < c->num_stages; ++i) {
+    uint32_t tile_rows = c->tile_rows;
+    uint32_t tile_columns = c->tile_columns;
+    for (size_t i = c->num_stages; i-- > 0;) {
       const Stage& s = stages[i];
-      if (!stage(s)) {
+      if (!sound(s)) {
+        return false;
+      }
+      uint32_t rows = s.in_rows;
+      uint32_t columns = s.in_columns;
+      if (!tiles) {
+        const uint32_t least = s.upsample != 0 ? s.kernel / 2 + 1 : s.kernel;
+        rows = least < s.in_rows ? least : s.in_rows;
+      } else if (i > 0 && i < c->num_tiled) {
+        rows = tile_rows = reach(s, tile_rows, s.in_rows);
+        columns = tile_columns = reach(s, tile_columns, s.in_columns);
+      }
+      if (!kept(s, rows, columns)) {
         return false;
       }
       if (i > 0) {
