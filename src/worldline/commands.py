@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_PORT = 8765
-BENCHMARKS = ("determinism", "engine", "micro", "optimise", "plan", "play", "storm", "train")
+BENCHMARKS = ("determinism", "edge", "engine", "micro", "optimise", "plan", "play", "storm", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +223,13 @@ def _bench(name: str, flags: set[str]) -> int:
         done = subprocess.run([sys.executable, "-m", "worldline", "bench", each], check=False)
         worst = max(worst, done.returncode)
     return worst
+
+
+def _bench_edge(config: Any, flags: set[str]) -> int:
+    from worldline.bench.edge import run
+
+    print(f"wrote {run(config)}")
+    return 0
 
 
 def _bench_engine(config: Any, flags: set[str]) -> int:
@@ -579,8 +586,8 @@ COMMANDS: dict[str, Command] = {
             summary="timings of this machine, with what they mean, written to reports/",
             about="""
             Without a NAME every benchmark runs with its defaults. Each writes result.json and report.md into
-            reports/DATE-NAME. The names: determinism, engine, micro, optimise, plan, play,
-            storm, train.
+            reports/DATE-NAME. The names: determinism, edge, engine, micro, optimise, plan,
+            play, storm, train.
             """,
             examples=(
                 ("worldline bench", "all of them"),
@@ -599,6 +606,18 @@ COMMANDS: dict[str, Command] = {
             examples=(("worldline bench determinism publish=docs/reports", "and the page in the documentation"),),
             run=_bench_determinism,
             config="worldline.bench.determinism:DeterminismBenchConfig",
+        ),
+        Command(
+            name="bench edge",
+            summary="TinyEngine's memory and instructions, by schedule, resolution and core",
+            about="""
+            Compiles the reference graph and a world for Cortex-M4, M7, M33 and M55, runs both in QEMU, checks every
+            byte, and counts instructions, arena, stack and code. Plans of memory are listed for pictures of 96 to 224
+            pixels.
+            """,
+            examples=(("worldline bench edge publish=docs/reports", "and the page in the documentation"),),
+            run=_bench_edge,
+            config="worldline.bench.edge:EdgeBenchConfig",
         ),
         Command(
             name="bench engine",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from random_chains import random_chain
 
+import worldline.bench
 from worldline.edge import cases
 from worldline.edge.build import BOARDS
 from worldline.edge.graph import Chain
@@ -19,7 +20,7 @@ from worldline.edge.program import HEADER
 from worldline.edge.schedule import Plan, plan_rows, plan_tiles
 from worldline.edge.tflite import read_chain
 
-DS96 = Path(__file__).parents[1] / "data/ds96_int8.tflite"
+DS96 = Path(worldline.bench.__file__).parent / "graphs/ds96_int8.tflite"
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ (apt-get install g++)")
 
 
@@ -110,7 +111,7 @@ def test_a_changed_bit_is_noticed(tmp_path):
 @pytest.mark.cortex
 @pytest.mark.parametrize(("board", "most"), [("m4", 14.0e6), ("m55", 5.0e6)])
 def test_the_reference_graph_keeps_to_its_budget(tmp_path, board, most):
-    """DS96: TensorFlow Lite Micro's bytes, in fewer instructions, a tenth of its arena and 15 KB with the stack."""
+    """DS96: TensorFlow Lite Micro's bytes, in fewer instructions, and 15 KB with the stack, a tenth of its arena."""
     chain = read_chain(DS96)
     pictures = np.random.default_rng(3).integers(-128, 128, (2, 1, 96, 96, 3)).astype(np.int8)
     target = BOARDS[board]
@@ -120,4 +121,4 @@ def test_the_reference_graph_keeps_to_its_budget(tmp_path, board, most):
     ):
         np.testing.assert_array_equal(cases.values_of(chain, outcome.result), chain.run(picture)[0])
         assert outcome.ticks * target.instructions_per_tick < most
-        assert chosen[0].arena_bytes + outcome.stack_bytes <= 16_008
+        assert chosen[0].arena_bytes + outcome.stack_bytes <= 15 * 1024

@@ -114,7 +114,7 @@ def test_every_build_answers_with_the_references_bytes(worlds, tmp_path, board):
             state = State(z[2:3], state.h)
         ask("decode", None, whole.decode(state.z)[0])
     image = commands.compile_world(target, tmp_path, arena)
-    replies, stack = commands.run_world(target, image, program, whole, asked)
+    replies, stack = commands.run_world(target, image, program, 24, 32, asked)
     for i, (command, reply, want) in enumerate(zip(asked, replies, wanted, strict=True)):
         assert reply.status == "ok", f"{i}: {command.verb}"
         if want is not None:
@@ -128,12 +128,12 @@ def test_calls_in_a_wrong_order_are_refused(worlds, tmp_path):
     program, arena = write_world(whole)
     image = commands.compile_world(None, tmp_path, arena)
     zero = np.zeros(2, np.int16)
-    replies, _ = commands.run_world(None, image, program, whole, [Command("step", zero)])
+    replies, _ = commands.run_world(None, image, program, 24, 32, [Command("step", zero)])
     assert replies[0].status == "wrong_order"
     with pytest.raises(WorldlineError, match="damaged"):
-        commands.run_world(None, image, program[:-1] + bytes([program[-1] ^ 1]), whole, [])
+        commands.run_world(None, image, program[:-1] + bytes([program[-1] ^ 1]), 24, 32, [])
     with pytest.raises(WorldlineError, match="not_a_program"):
-        commands.run_world(None, image, b"x" * 400, whole, [])
+        commands.run_world(None, image, b"x" * 400, 24, 32, [])
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from worldline.core.native import TINYENGINE
 from worldline.edge import build
 from worldline.edge.build import Board
 from worldline.edge.cases import STATUS
-from worldline.edge.world import IntegerWorld
 
 SOURCE = TINYENGINE / "firmware/world.cpp"
 Verb = Literal["picture", "begin", "observe", "step", "decode", "region", "drift"]
@@ -63,11 +62,14 @@ def run_world(
     target: Board | None,
     image: Path,
     program: bytes,
-    world: IntegerWorld,
+    latent: int,
+    picture_size: int,
     commands: Sequence[Command],
     timeout_s: float = 600.0,
 ) -> tuple[list[Reply], int]:
     """Run commands through an image of `compile_world`; returns the replies and the bytes of stack that were used.
+
+    The world's latents have `latent` values, its pictures are `picture_size` pixels square.
 
     Raises:
         WorldlineError: the program was refused, the image failed, or it gave back less than was asked.
@@ -88,10 +90,9 @@ def run_world(
     status = STATUS[int.from_bytes(data[:4], "little")]
     if status != "ok":
         raise WorldlineError(f"the program was refused: {status}")
-    latent, at, replies = len(world.predictor.change.weight), 4, []
-    rows, columns, _ = world.decoder.stages[-1].size
+    at, replies = 4, []
     for command in commands:
-        picture = rows * columns * 12 if command.verb == "decode" else 0
+        picture = 3 * picture_size**2 if command.verb == "decode" else 0
         score = command.verb in ("region", "drift")
         count = latent if command.verb in ("picture", "step") else int(score)
         dtype: type[np.uint32 | np.int16] = np.uint32 if score else np.int16
@@ -101,7 +102,7 @@ def run_world(
         code, ticks = struct.unpack_from("<2I", data, at + picture)
         answer: NDArray[Any] = np.frombuffer(data, dtype, count, at + picture + 8)
         if picture:
-            answer = np.frombuffer(data, np.uint8, picture, at).reshape(2 * rows, 2 * columns, 3)
+            answer = np.frombuffer(data, np.uint8, picture, at).reshape(picture_size, picture_size, 3)
         replies.append(Reply(STATUS[code], ticks, answer))
         at += picture + 8 + size
     return replies, int.from_bytes(data[-4:], "little")

@@ -110,9 +110,12 @@ def pack(sizes: list[int], lives: list[tuple[int, int]]) -> list[int]:
     return places
 
 
-def pareto(chain: Chain) -> list[Plan]:
-    """Return every plan that no other beats in both bytes and multiplications, smallest first."""
-    plans = [plan_rows(chain), plan_tiles(chain)]
+def pareto(chain: Chain, keep_picture: bool = False) -> list[Plan]:
+    """Return every plan that no other beats in both bytes and multiplications, smallest first.
+
+    With `keep_picture`, of those that keep the picture only: for sources that cannot wait for rows.
+    """
+    plans = [plan_tiles(chain)] if keep_picture else [plan_rows(chain), plan_tiles(chain)]
     for num_tiled in range(1, len(chain.stages)):
         rows, columns, _ = chain.stages[num_tiled - 1].size
         side = 1

@@ -186,7 +186,8 @@ class RowStream {
     stage_row(s, program_, window, begin, end, reinterpret_cast<Lane*>(arena_ + chain_->scratch_at), out);
   }
 
-  void run_tiles(Emit emit, void* user) {
+  // Not inlined: its frame is none of those who stream.
+  [[gnu::noinline]] void run_tiles(Emit emit, void* user) {
     const size_t num_tiled = chain_->num_tiled;
     if (num_tiled > 0) {
       const Stage& joint = stage(num_tiled - 1);
@@ -245,7 +246,7 @@ class RowStream {
     }
   }
 
-  void finish_row(Emit emit, void* user) {
+  [[gnu::always_inline]] void finish_row(Emit emit, void* user) {
     const size_t i = chain_->num_stages - 1;
     const Stage& s = stage(i);
     int8_t* piece = reinterpret_cast<int8_t*>(arena_ + chain_->piece_at);

@@ -1,0 +1,116 @@
+"""The page of `worldline bench edge`, written from its result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_GRAPH = """
+The reference graph DS96: 96 x 96 x 3, a convolution, four depthwise-separable stages, mean, matrix; 4.3 million
+multiplications in int8, the same weights and scales for all. Every build's bytes equal the Python reference's, which
+equal TFLM's. Instructions are what QEMU counts, the same on every run; they are not cycles. Bytes of code are of the
+whole image: engine, start-up, checksums, and the harness that feeds it.
+"""
+_THEIRS = """
+Their figures were measured with their releases on the same machines of QEMU, not in this run. The graph keeps its
+padding layers there, each of which holds a copy of a grid.
+"""
+_SIDES = """
+Bytes for DS96's stages. *Ideal* is the largest input and output of any layer together, every layer apart, and nothing
+else; ours count scratch and results too. *Tiles* is the smallest plan with at most 1.5 times the multiplications.
+"""
+_PLANS = """
+Of DS96: streamed, then every plan that keeps the picture and that no other such plan beats in both bytes and
+multiplications.
+"""
+
+
+def report(result: dict[str, Any]) -> str:
+    """Return the page."""
+    graph, tflm, sizes = result["graph"], result["theirs"]["tflm"], result["sizes"]
+    ours = [
+        (f"ours, {core.upper()}, streamed", _million(on["instructions"]), *_bytes(on, "arena", "stack", "code"))
+        for core, on in graph.items()
+    ]
+    theirs = [
+        ("TFLM + CMSIS-NN, M4", _million(tflm["m4"]), *_bytes(tflm, "arena", "stack", "code")),
+        ("TFLM + CMSIS-NN, M55", _million(tflm["m55"]), *_bytes(tflm, "arena"), "", ""),
+        ("ExecuTorch, its plan", "", *_bytes(result["theirs"]["executorch"], "arena"), "", ""),
+    ]
+    peak = max(on["arena_bytes"] + on["stack_bytes"] for on in graph.values())
+    times = tflm["arena_bytes"] / peak
+    share = (f"{100 * graph[core]['instructions'] / tflm[core]:.0f} % ({core.upper()})" for core in ("m4", "m55"))
+    sides = [
+        (
+            row["side"],
+            f"{row['ideal']:,}",
+            f"{row['layer_by_layer']:,}",
+            f"{row['tiles']:,} ({row['tiles_macs_percent']} %)",
+            f"{row['rows_picture_kept']:,}",
+            f"{row['rows']:,}",
+            f"{row['ideal'] / row['rows']:.1f}",
+        )
+        for row in result["memory"]["ds96"]
+    ]
+    plans = [
+        (
+            plan["schedule"],
+            plan["num_tiled"] or "",
+            "{} x {}".format(*plan["tile"]) if plan["num_tiled"] else "",
+            f"{plan['bytes']:,}",
+            f"{plan['macs_ratio']:.2f}",
+        )
+        for plan in result["plans"]
+    ]
+    verbs = ("picture", "step", "decode", "region", "drift")
+    world = [
+        (core.upper(), *(_million(on[verb]) for verb in verbs), *_bytes(on, "stack", "code"))
+        for core, on in result["world"].items()
+    ]
+    made = result["provenance"]
+    parts = [
+        "# TinyEngine: memory and instructions",
+        _GRAPH.strip(),
+        _table(("", "instructions, million", "arena", "stack (painted)", "code"), [*ours, *theirs]),
+        _THEIRS.strip(),
+        f"Arena and stack together are at most {peak:,} bytes, {times:.1f} times below TFLM's arena alone; "
+        f"instructions are {' and '.join(share)} of theirs.",
+        "## By resolution",
+        _SIDES.strip(),
+        _table(
+            (
+                "side",
+                "ideal",
+                "layer by layer",
+                "tiles (multiplications)",
+                "rows, picture kept",
+                "rows",
+                "ideal / rows",
+            ),
+            sides,
+        ),
+        "## Plans",
+        _PLANS.strip(),
+        _table(("schedule", "stages in tiles", "tile", "bytes", "multiplications"), plans),
+        "## The world",
+        f"Program (flash): {sizes['program_bytes']:,} bytes. Arena for everything: {sizes['arena_bytes']:,} bytes: "
+        f"encoder {sizes['encoder_arena_bytes']:,}, decoder {sizes['decoder_arena_bytes']:,}, the rest predictor and "
+        f"gauge.\nMultiplications: picture {sizes['encode_macs']:,}, step {sizes['step_macs']:,}, drawing "
+        f"{sizes['decode_macs']:,}. Instructions in million:",
+        _table(("core", "picture to latent", "step", "drawing", "region", "drift", "stack", "code"), world),
+        f"Commit {made['commit']}. Again: `{made['command']}`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _million(count: float) -> str:
+    return f"{count / 1e6:.2f}"
+
+
+def _bytes(of: dict[str, Any], *names: str) -> tuple[str, ...]:
+    return tuple(f"{of[f'{name}_bytes']:,}" for name in names)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
