@@ -40,12 +40,12 @@ def pictures(rng: np.random.Generator, count: int) -> np.ndarray:
     return fine.permute(0, 2, 3, 1).to(torch.uint8).numpy()
 
 
-@pytest.fixture(scope="module", params=["none", "normalise"])
+@pytest.fixture(scope="module", params=[("none", 8), ("normalise", 4)], ids=["none-8", "normalise-4"])
 def worlds(request) -> tuple[World, IntegerWorld]:
     """A world with the statistics of a trained one, and the same in integers."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    world = World(replace(TINY, projection=request.param), SPEC)
+    world = World(replace(TINY, projection=request.param[0]), SPEC)
     frames = torch.from_numpy(pictures(rng, 256))
     world.train()
     with torch.no_grad():
@@ -58,7 +58,7 @@ def worlds(request) -> tuple[World, IntegerWorld]:
         world.gauge.fit(world, z)
     actions = torch.from_numpy(rng.uniform(0, 512, (16, CONTEXT + STEPS - 1, 2)).astype(np.float32))
     context = z[: 16 * CONTEXT].reshape(16, CONTEXT, -1)
-    return world, quantise(world, Calibration(frames, context, actions))
+    return world, quantise(world, Calibration(frames, context, actions), request.param[1])
 
 
 def test_integers_follow_the_float_world(worlds):
@@ -80,7 +80,10 @@ def test_integers_follow_the_float_world(worlds):
         theirs = world.rollout(begun, torch.from_numpy(native)).numpy()
         drawn = world.decode(torch.from_numpy(theirs[:, -1])).numpy().astype(int)
     moved = np.square(theirs - theirs[:, :1]).mean()
-    assert np.square(np.stack(ours, axis=1) - theirs).mean() < 0.01 * moved
+    assert (
+        np.square(np.stack(ours, axis=1) - theirs).mean()
+        < (0.01 if whole.predictor.change.bits == whole.predictor.input_gates.bits else 0.05) * moved
+    )
     assert np.abs(whole.decode(state.z).astype(int) - drawn).mean() < 3
 
 

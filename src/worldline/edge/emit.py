@@ -39,6 +39,8 @@ class ExportConfig:
     """A dataset of the same world; its training episodes give the ranges."""
     out: Path
     """Where the bundle goes; it must not exist."""
+    bits: int = 8
+    """That a weight of the GRU and of the map behind it takes: 8, or 4 for half the flash."""
     frames: int = 512
     """Real pictures that activations are measured on."""
     rollouts: int = 64
@@ -63,8 +65,10 @@ def export(config: ExportConfig) -> Path:
             f"{config.checkpoint} is a world of {world.spec.name}, {config.data} holds episodes of "
             f"{dataset.spec.name}; measure its ranges on data of its own world"
         )
-    whole = quantise(world, calibration(world, dataset, config))
-    measured = {"data": dataset.fingerprint} | {name: getattr(config, name) for name in ("frames", "rollouts", "seed")}
+    whole = quantise(world, calibration(world, dataset, config), config.bits)
+    measured = {"data": dataset.fingerprint} | {
+        name: getattr(config, name) for name in ("bits", "frames", "rollouts", "seed")
+    }
     return write_bundle(config.out, find_world(config.checkpoint), whole, measured)
 
 

@@ -117,7 +117,11 @@ def write_world(world: IntegerWorld) -> tuple[bytes, int]:
 def _dense(out: Writer, dense: Dense) -> tuple[int, ...]:
     channels = np.stack((dense.bias, dense.by.multiplier, dense.by.shift), axis=1).astype("<i4")
     rows, inputs = dense.weight.shape
-    return inputs, rows, out.put(rows_of(dense.weight)), out.put(channels)
+    weight = rows_of(dense.weight)
+    if dense.bits == 4:
+        halves = weight.view(np.uint8).reshape(rows, -1, 2, 8)
+        weight = (halves[:, :, 0] | (halves[:, :, 1] >> 4)).view(np.int8)
+    return inputs, rows, dense.bits, out.put(weight), out.put(channels)
 
 
 def _stage(out: Writer, stage: Stage, ring_at: int, ring_rows: int) -> bytes:

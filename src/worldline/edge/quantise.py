@@ -40,8 +40,8 @@ class Calibration(NamedTuple):
     """Native: c - 1 within the context, then those of the rollout."""
 
 
-def quantise(world: World, data: Calibration) -> IntegerWorld:
-    """Return the world in integers.
+def quantise(world: World, data: Calibration, bits: int = 8) -> IntegerWorld:
+    """Return the world in integers; `bits` is what a weight of the GRU and of the map behind it takes, 8 or 4.
 
     Raises:
         WorldlineError: its encoder or predictor is of a kind that TinyEngine does not run.
@@ -51,6 +51,8 @@ def quantise(world: World, data: Calibration) -> IntegerWorld:
             "TinyEngine runs worlds with a convolutional encoder and a GRU; train with model.encoder=conv "
             f"model.predictor=gru, this one has {world.config.encoder} and {world.config.predictor}"
         )
+    if bits not in (8, 4):
+        raise WorldlineError(f"weights take 8 or 4 bits, got {bits}")
     if world.config.hidden % 4:
         raise WorldlineError(f"TinyEngine wants model.hidden to be a multiple of 4, got {world.config.hidden}")
     if world.config.projection == "quantise":
@@ -59,7 +61,7 @@ def quantise(world: World, data: Calibration) -> IntegerWorld:
         seen = _watch(world, data)
         scale = seen.latent * _MARGIN / 32767
         radius = round(math.sqrt(world.config.latent_dim) / scale) if world.config.projection == "normalise" else 0
-        predictor = _predictor(world.predictor, seen, scale, radius)
+        predictor = _predictor(world.predictor, seen, scale, radius, bits)
         encoder = _encoder(world, data.frames, scale)
         drawing, decoder = _decoder(world, seen.latents, scale)
     return IntegerWorld(
@@ -107,17 +109,17 @@ def _watch(world: World, data: Calibration) -> _Seen:
     return _Seen(latent, embedded, mixed, torch.cat(shown)[:: max(1, len(shown) * len(z) // 512)])
 
 
-def _predictor(p: GRUPredictor, seen: _Seen, scale: float, radius: int) -> Predictor:
+def _predictor(p: GRUPredictor, seen: _Seen, scale: float, radius: int, bits: int) -> Predictor:
     x_scale, y_scale = seen.embedded * _MARGIN / 32767, seen.mixed * _MARGIN / 32767
     embed, mix, change = (cast(nn.Linear, m) for m in (p.embed[0], p.out[0], p.out[2]))
     hidden = p.cell.hidden_size
     mix_weight, nothing = _array(mix.weight), np.zeros(len(mix.weight))
     return Predictor(
         embed=_dense(_array(embed.weight), _array(embed.bias), scale, x_scale),
-        input_gates=_dense(_array(p.cell.weight_ih), _array(p.cell.bias_ih), x_scale, _GATE),
-        hidden_gates=_dense(_array(p.cell.weight_hh), _array(p.cell.bias_hh), _HIDDEN, _GATE),
-        from_hidden=_dense(mix_weight[:, :hidden], _array(mix.bias), _HIDDEN, y_scale),
-        from_input=_dense(mix_weight[:, hidden:], nothing, x_scale, y_scale),
+        input_gates=_dense(_array(p.cell.weight_ih), _array(p.cell.bias_ih), x_scale, _GATE, bits),
+        hidden_gates=_dense(_array(p.cell.weight_hh), _array(p.cell.bias_hh), _HIDDEN, _GATE, bits),
+        from_hidden=_dense(mix_weight[:, :hidden], _array(mix.bias), _HIDDEN, y_scale, bits),
+        from_input=_dense(mix_weight[:, hidden:], nothing, x_scale, y_scale, bits),
         change=_dense(_array(change.weight), _array(change.bias), y_scale, scale),
         radius=radius,
     )
@@ -267,11 +269,31 @@ def _affine(
 
 
 def _dense(
-    weight: Float64[np.ndarray, "o i"], bias: Float64[np.ndarray, " o"], scale_in: float, scale_out: float
+    weight: Float64[np.ndarray, "o i"],
+    bias: Float64[np.ndarray, " o"],
+    scale_in: float,
+    scale_out: float,
+    bits: int = 8,
 ) -> Dense:
     scales = _channel_scale(weight)
+    if bits == 4:
+        weight, scales = _coarse(weight)
     whole, steps = _whole(weight, bias, scales, scale_in)
-    return Dense(weight=whole, bias=steps, by=integer.wide_scaling(scale_in * scales / scale_out))
+    return Dense(weight=whole, bias=steps, by=integer.wide_scaling(scale_in * scales / scale_out), bits=bits)
+
+
+def _coarse(
+    weight: Float64[np.ndarray, "o i"],
+) -> tuple[Float64[np.ndarray, "o i"], Float64[np.ndarray, " o"]]:
+    """Return weights of 15 values a row, and the rows' scales in steps of a sixteenth: those with the least squares."""
+    most = _channel_scale(weight) * 127
+    best, scales = np.full(len(weight), np.inf), most
+    for share in np.linspace(0.5, 1.0, 26):
+        step = share * most[:, None] / 7
+        error = np.square(np.clip(np.round(weight / step), -7, 7) * step - weight).sum(axis=1)
+        scales = np.where(error < best, step[:, 0] / 16, scales)
+        best = np.minimum(best, error)
+    return np.clip(np.round(weight / (16 * scales[:, None])), -7, 7) * 16 * scales[:, None], scales
 
 
 def _whole(

@@ -22,10 +22,15 @@ class Dense:
     """A matrix on int16 values."""
 
     weight: Int8[np.ndarray, "o n"]
+    """Where `bits` is 4, multiples of 16."""
     bias: Int32[np.ndarray, " o"]
     by: WideScaling
+    bits: int = 8
+    """That a weight takes in a program: 8 or 4."""
 
     def __post_init__(self) -> None:
+        if self.bits == 4 and (self.weight & 15).any():
+            raise WorldlineError("weights of 4 bits are multiples of 16")
         if (self.by.shift < 15).any():
             raise WorldlineError("the factors of an int16 matrix must be below 1; widen its output's scale")
 

@@ -246,6 +246,38 @@ inline void dots_wide(const int16_t* x, const int8_t* const (&rows)[kRows], size
   }
 }
 
+// The same of rows of 4 bits a weight, as `Dense` says.
+template <size_t kRows>
+inline void dots_halves(const int16_t* x, const int8_t* const (&rows)[kRows], size_t n, int32_t (&out)[kRows]) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(x);
+  int32_t acc[kRows] = {};
+  for (size_t i = 0; i < n / 2; i += 4) {
+    if (i % 8 == 0 && i > 0) {
+      words += 4;
+    }
+    int16x2_t pairs[4];  // lanes 0 and 2, 1 and 3, of the upper halves, then of the lower ones
+    for (size_t k = 0; k < 2; ++k) {
+      const uint32_t a = words[4 * k];
+      const uint32_t b = words[4 * k + 1];
+      pairs[2 * k] = static_cast<int16x2_t>((a & 0xffff) | (b << 16));
+      pairs[2 * k + 1] = static_cast<int16x2_t>((a >> 16) | (b & 0xffff0000));
+    }
+    words += 2;
+    for (size_t row = 0; row < kRows; ++row) {
+      const uint32_t both = load4(rows[row] + i);
+      const uint32_t above = both & 0xf0f0f0f0;
+      const uint32_t below = (both << 4) & 0xf0f0f0f0;
+      acc[row] = __smlad(even(above), pairs[0], acc[row]);
+      acc[row] = __smlad(odd(above), pairs[1], acc[row]);
+      acc[row] = __smlad(even(below), pairs[2], acc[row]);
+      acc[row] = __smlad(odd(below), pairs[3], acc[row]);
+    }
+  }
+  for (size_t row = 0; row < kRows; ++row) {
+    out[row] = acc[row];
+  }
+}
+
 // y = x . row, int8 with int8.
 inline int32_t dot_narrow(const int8_t* x, const int8_t* row, size_t n) {
   int32_t acc = 0;

@@ -158,6 +158,24 @@ inline void dots_wide(const int16_t* x, const int8_t* const (&rows)[kRows], size
   }
 }
 
+// The same of rows of 4 bits a weight, as `Dense` says.
+template <size_t kRows>
+inline void dots_halves(const int16_t* x, const int8_t* const (&rows)[kRows], size_t n, int32_t (&out)[kRows]) {
+  int32_t acc[kRows] = {};
+  for (size_t i = 0; i < n; i += 16) {
+    const int16x8_t first = vldrhq_s16(x + i);
+    const int16x8_t second = vldrhq_s16(x + i + 8);
+    for (size_t row = 0; row < kRows; ++row) {
+      const int16x8_t both = vldrbq_s16(rows[row] + i / 2);
+      acc[row] = vmladavaq_s16(acc[row], first, vbicq_n_s16(both, 0x0f));
+      acc[row] = vmladavaq_s16(acc[row], second, vshrq_n_s16(vshlq_n_s16(both, 12), 8));
+    }
+  }
+  for (size_t row = 0; row < kRows; ++row) {
+    out[row] = acc[row];
+  }
+}
+
 // y = x . row, int8 with int8.
 inline int32_t dot_narrow(const int8_t* x, const int8_t* row, size_t n) {
   int32_t acc = 0;

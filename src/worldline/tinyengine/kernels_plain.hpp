@@ -31,6 +31,22 @@ inline void dots_wide(const int16_t* x, const int8_t* const (&rows)[kRows], size
   }
 }
 
+// The same of rows of 4 bits a weight, as `Dense` says.
+template <size_t kRows>
+inline void dots_halves(const int16_t* x, const int8_t* const (&rows)[kRows], size_t n, int32_t (&out)[kRows]) {
+  for (size_t row = 0; row < kRows; ++row) {
+    int32_t acc = 0;
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(rows[row]);
+    for (size_t i = 0; i < n; i += 16, bytes += 8) {
+      for (size_t j = 0; j < 8; ++j) {
+        acc += x[i + j] * static_cast<int8_t>(bytes[j] & 0xf0);
+        acc += x[i + 8 + j] * static_cast<int8_t>(static_cast<uint8_t>(bytes[j] << 4));
+      }
+    }
+    out[row] = acc;
+  }
+}
+
 // y = x . row, int8 with int8.
 inline int32_t dot_narrow(const int8_t* x, const int8_t* row, size_t n) {
   int32_t acc = 0;

@@ -6,9 +6,12 @@
 
 namespace tinyengine {
 
-// A matrix on int16 values, as it lies in a program. Its channels' factors are those of `requantise_wide`.
+// A matrix on int16 values, as it lies in a program. Its channels' factors are those of `requantise_wide`. Weights of 4
+// bits are int8 whose lower half is 0: of each sixteen, byte j holds the upper halves of weight j, above, and of weight
+// 8 + j, below.
 struct Dense {
   uint32_t inputs, outputs;
+  uint32_t bits;  // 8 or 4
   uint32_t weights_at, by_at;
 };
 
@@ -94,7 +97,8 @@ class Rows {
   Rows(const uint8_t* program, const Dense& dense)
       : by_(reinterpret_cast<const Channel*>(program + dense.by_at)),
         weights_(reinterpret_cast<const int8_t*>(program + dense.weights_at)),
-        stride_(padded(dense.inputs, kRowAlign)) {}
+        count_(padded(dense.inputs, kRowAlign)),
+        stride_(count_ * dense.bits / 8) {}
 
   // Scaled outputs o, o + step, ... of x, not saturated. `x` has room, and anything, up to a multiple of 16.
   template <size_t kRows>
@@ -103,7 +107,11 @@ class Rows {
     for (size_t i = 0; i < kRows; ++i) {
       rows[i] = weights_ + (o + i * step) * stride_;
     }
-    dots_wide(x, rows, stride_, out);
+    if (stride_ == count_) {
+      dots_wide(x, rows, count_, out);
+    } else {
+      dots_halves(x, rows, count_, out);
+    }
     for (size_t i = 0; i < kRows; ++i) {
       const Channel& by = by_[o + i * step];
       out[i] = requantise_wide(out[i] + by.bias, by.multiplier, by.shift);
@@ -113,6 +121,7 @@ class Rows {
  private:
   const Channel* by_;
   const int8_t* weights_;
+  size_t count_;
   size_t stride_;
 };
 

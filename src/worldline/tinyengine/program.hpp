@@ -205,11 +205,11 @@ class Checker {
 
   // A matrix on int16 whose rows, at the largest inputs, stay below 2^30.
   bool dense(const Dense& d, uint32_t inputs, uint32_t outputs) const {
-    const size_t stride = padded(inputs, kRowAlign);
     if (d.inputs != inputs || d.outputs != outputs || !within(inputs, 1, kMaxSide) ||
-        !within(outputs, 1, kMaxSide * 16)) {
+        !within(outputs, 1, kMaxSide * 16) || (d.bits != 8 && d.bits != 4)) {
       return false;
     }
+    const size_t stride = padded(inputs, kRowAlign) * d.bits / 8;
     const int8_t* weights = record<int8_t>(d.weights_at, uint64_t{stride} * outputs);
     const Channel* by = record<Channel>(d.by_at, outputs);
     if (weights == nullptr || by == nullptr || d.weights_at % 4 != 0) {
@@ -219,7 +219,9 @@ class Checker {
       int64_t most = by[o].bias < 0 ? -static_cast<int64_t>(by[o].bias) : by[o].bias;
       for (size_t i = 0; i < stride; ++i) {
         const int32_t w = weights[o * stride + i];
-        most += (w < 0 ? -w : w) * 32768;
+        const int32_t above = d.bits == 8 ? w : static_cast<int8_t>(w & 0xf0);
+        const int32_t below = d.bits == 8 ? 0 : static_cast<int8_t>(static_cast<uint8_t>(w << 4));
+        most += ((above < 0 ? -above : above) + (below < 0 ? -below : below)) * 32768;
       }
       const bool scale = by[o].multiplier >= 0 && by[o].multiplier <= 32767 && by[o].shift >= 15 && by[o].shift <= 46;
       if (!scale || most >= (int64_t{1} << 30)) {

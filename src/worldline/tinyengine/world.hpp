@@ -160,10 +160,10 @@ class World {
     const size_t row_values = stream.first().in_columns * stream.first().in_channels;
     for (size_t first = 0; !stream.full(); first += row_values) {
       int8_t* row = stream.next_row();
-      const Dense part = {
-          drawing.matrix.inputs, static_cast<uint32_t>(row_values),
-          drawing.matrix.weights_at + static_cast<uint32_t>(first * padded(drawing.matrix.inputs, kRowAlign)),
-          drawing.matrix.by_at + static_cast<uint32_t>(first * sizeof(Channel))};
+      const size_t stride = padded(drawing.matrix.inputs, kRowAlign) * drawing.matrix.bits / 8;
+      const Dense part = {drawing.matrix.inputs, static_cast<uint32_t>(row_values), drawing.matrix.bits,
+                          drawing.matrix.weights_at + static_cast<uint32_t>(first * stride),
+                          drawing.matrix.by_at + static_cast<uint32_t>(first * sizeof(Channel))};
       each_output(program_, part, state(), [row, &drawing](size_t o, int32_t value) {
         row[o] = static_cast<int8_t>(clamp(value + drawing.zero, drawing.zero, int32_t{127}));
       });
