@@ -39,13 +39,21 @@ class Reply:
     values: NDArray[Any]
 
 
-def compile_world(target: Board | None, folder: Path, arena_bytes: int, options: Sequence[str] = ()) -> Path:
-    """Compile the image that runs commands, for a board or (None) for this machine."""
+def compile_world(
+    target: Board | None, folder: Path, arena_bytes: int, options: Sequence[str] = (), table: Path | None = None
+) -> Path:
+    """Compile the image that runs commands, for a board or (None) for this machine.
+
+    With `table`, a folder with `world_program.cpp`, a board has that program in flash; else it is read from a file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     image = folder / "world.elf"
     options = (f"-DTINYENGINE_ARENA={arena_bytes}", *options)
     if target is None:
         build.compile_host([SOURCE], image, options)
+    elif table is not None:
+        sources = [SOURCE, table / "world_program.cpp"]
+        build.compile_board(target, sources, image, ["-DTINYENGINE_LINKED", "-I", str(table), *options])
     else:
         build.compile_board(target, [SOURCE], image, [*room_for(target), *options])
     return image

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from worldline.core.errors import WorldlineError
 from worldline.core.files import fsync_directory, read_json, sha256_file, write_bytes, write_json
@@ -26,7 +27,7 @@ from worldline.model.checkpoint import find_world, load_world, read_card
 from worldline.model.int8 import CHECKPOINT, FORMAT, MANIFEST, PROGRAM, is_bundle
 from worldline.model.world import World
 
-_STEPS = 100
+_STEPS, _VALIDATED = 100, 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class ExportConfig:
     out: Path
     """Where the bundle goes; it must not exist."""
     bits: int = 8
-    """That a weight of the GRU and of the map behind it takes: 8, or 4 for half the flash."""
+    """That a weight of the GRU, of the map behind it and of the decoder's first takes: 8, or 4 for a smaller program."""
     frames: int = 512
     """Real pictures that activations are measured on."""
     rollouts: int = 64
@@ -66,18 +67,27 @@ def export(config: ExportConfig) -> Path:
             f"{dataset.spec.name}; measure its ranges on data of its own world"
         )
     whole = quantise(world, calibration(world, dataset, config), config.bits)
+    cost = quality(world, whole, dataset, config.seed)
+    at = f"error to truth after {cost['steps']} steps {cost['error_ratio']:.2f} of the float world's"
+    print(f"held-out latents: cosine {cost['cosine_mean']:.4f} (worst percent {cost['cosine_p1']:.4f}); {at}")
     measured = {"data": dataset.fingerprint} | {
         name: getattr(config, name) for name in ("bits", "frames", "rollouts", "seed")
     }
-    return write_bundle(config.out, find_world(config.checkpoint), whole, measured)
+    return write_bundle(config.out, find_world(config.checkpoint), whole, measured, cost)
 
 
-def write_bundle(out: Path, checkpoint: Path, world: IntegerWorld, calibration: dict[str, Any]) -> Path:
+def write_bundle(
+    out: Path,
+    checkpoint: Path,
+    world: IntegerWorld,
+    calibration: dict[str, Any],
+    quality: dict[str, float] | None = None,
+) -> Path:
     """Write the bundle of a quantised world, whole or not at all; `calibration` says what it was measured on."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write(temporary, checkpoint, world, calibration)
+        _write(temporary, checkpoint, world, calibration, quality)
         os.rename(temporary, out)
         fsync_directory(out.parent)
     finally:
@@ -116,26 +126,65 @@ def calibration(world: World, dataset: Dataset, config: ExportConfig) -> Calibra
     Raises:
         WorldlineError: no training episode is long enough.
     """
+    context = world.config.context
+    seen, actions = _windows(world, dataset, "train", config.rollouts, config.seed)
+    rng, steps = rng_for(config.seed, "calibration frames"), seen.shape[1]
+    share = -(-config.frames // config.rollouts)
+    pictures = [clip[np.sort(rng.choice(steps, min(share, steps), replace=False))] for clip in seen]
+    frames = torch.from_numpy(np.concatenate(pictures)[: config.frames])
+    with torch.inference_mode():
+        beginnings = world.encode(torch.from_numpy(seen[:, :context]))
+    return Calibration(frames, beginnings.clone(), torch.from_numpy(actions))
+
+
+def quality(world: World, whole: IntegerWorld, dataset: Dataset, seed: int) -> dict[str, float]:
+    """Compare with the float world on validation episodes: cosine of encoded latents, and errors to truth at the end of
+    a rollout (whitened latents), over the float world's."""
+    context, scale = world.config.context, whole.scale
+    seen, native = _windows(world, dataset, "validation", _VALIDATED, seed)
+    with torch.inference_mode():
+        real = world.encode(torch.from_numpy(seen))
+        ours = whole.encode(seen.reshape(-1, *seen.shape[2:])).reshape(real.shape)
+        actions = torch.from_numpy(native)
+        begun = world.begin(real[:, :context], actions[:, : context - 1])
+        theirs = world.rollout(begun, actions[:, context - 1 :])[:, -1]
+        whole_actions = whole.actions.run(native)
+        state = whole.begin(ours[:, :context], whole_actions[:, : context - 1])
+        for action in whole_actions[:, context - 1 :].transpose(1, 0, 2):
+            state = whole.step(state, action)
+        z_hat = torch.from_numpy(state.z * np.float32(scale))
+        cosine = torch.nn.functional.cosine_similarity(torch.from_numpy(ours * np.float32(scale)), real, dim=-1)
+        ratio = world.gauge.error(z_hat, real[:, -1]).mean() / world.gauge.error(theirs, real[:, -1]).mean()
+    return {
+        "cosine_mean": float(cosine.mean()),
+        "cosine_p1": float(torch.quantile(cosine.flatten(), 0.01)),
+        "error_ratio": float(ratio),
+        "steps": seen.shape[1] - context,
+        "rollouts": len(seen),
+    }
+
+
+def _windows(
+    world: World, dataset: Dataset, split: str, count: int, seed: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Return pictures (count, context + steps, h, w, 3) and the actions between them, of up to 100 steps.
+
+    Raises:
+        WorldlineError: no episode is long enough.
+    """
     cache, context = FrameCache(dataset, world.config.image_size), world.config.context
-    training = dataset.split("train")
-    steps = min(_STEPS, max((dataset.lengths[e] for e in training), default=0) - context)
-    long = [e for e in training if dataset.lengths[e] >= context + steps]
+    episodes = dataset.split(split)
+    steps = min(_STEPS, max((dataset.lengths[e] for e in episodes), default=0) - context)
+    long = [e for e in episodes if dataset.lengths[e] >= context + steps]
     if steps < 1:
-        raise WorldlineError(f"{dataset.path}: no training episode has more than {context} frames; collect longer ones")
-    rng = rng_for(config.seed, "calibration")
-    pictures, beginnings, actions = [], [], []
-    for i in range(config.rollouts):
+        raise WorldlineError(f"{dataset.path}: no {split} episode has more than {context} frames; collect longer ones")
+    rng, seen, actions = rng_for(seed, f"{split} windows"), [], []
+    for _ in range(count):
         episode = long[int(rng.integers(len(long)))]
         start = int(rng.integers(0, dataset.lengths[episode] - context - steps + 1))
-        seen = cache.frames(episode, start, context + steps)
-        share = config.frames * (i + 1) // config.rollouts - config.frames * i // config.rollouts
-        pictures.append(seen[np.sort(rng.choice(len(seen), min(share, len(seen)), replace=False))])
-        beginnings.append(seen[:context])
+        seen.append(cache.frames(episode, start, context + steps))
         actions.append(np.asarray(dataset.actions(episode), np.float32)[start : start + context + steps - 1])
-    with torch.inference_mode():
-        context_latents = world.encode(torch.from_numpy(np.stack(beginnings)))
-    frames = torch.from_numpy(np.concatenate(pictures))
-    return Calibration(frames, context_latents.clone(), torch.from_numpy(np.stack(actions)))
+    return np.stack(seen), np.stack(actions)
 
 
 def sizes(world: IntegerWorld, program: bytes, arena_bytes: int) -> dict[str, Any]:
@@ -153,7 +202,9 @@ def sizes(world: IntegerWorld, program: bytes, arena_bytes: int) -> dict[str, An
     }
 
 
-def _write(out: Path, checkpoint: Path, world: IntegerWorld, calibration: dict[str, Any]) -> None:
+def _write(
+    out: Path, checkpoint: Path, world: IntegerWorld, calibration: dict[str, Any], quality: dict[str, float] | None
+) -> None:
     program, arena_bytes = write_world(world)
     out.mkdir(parents=True)
     shutil.copytree(checkpoint, out / CHECKPOINT, ignore=shutil.ignore_patterns("training.*"))
@@ -161,7 +212,7 @@ def _write(out: Path, checkpoint: Path, world: IntegerWorld, calibration: dict[s
     (out / "tinyengine").mkdir()
     for header in sorted(TINYENGINE.glob("*.hpp")):
         shutil.copy(header, out / "tinyengine")
-    _write_table(out, program, arena_bytes)
+    write_table(out, program, arena_bytes)
     files = sorted(path for path in out.rglob("*") if path.is_file())
     manifest = {
         "format": FORMAT,
@@ -172,13 +223,14 @@ def _write(out: Path, checkpoint: Path, world: IntegerWorld, calibration: dict[s
         "arena_bytes": arena_bytes,
         "sizes": sizes(world, program, arena_bytes),
         "calibration": calibration,
+        "quality": quality,
         "files": {str(path.relative_to(out)): sha256_file(path) for path in files},
         "provenance": provenance(),
     }
     write_json(out / MANIFEST, manifest)
 
 
-def _write_table(out: Path, program: bytes, arena_bytes: int) -> None:
+def write_table(out: Path, program: bytes, arena_bytes: int) -> None:
     """Write the program as a table of constants, which a linker puts into flash."""
     words = np.frombuffer(program + bytes(-len(program) % 8), "<u8")
     lines = [", ".join(f"0x{word:016x}" for word in words[i : i + 6]) for i in range(0, len(words), 6)]

@@ -89,17 +89,17 @@ def finish_program(out: Writer, arena_bytes: int, places: tuple[int, ...]) -> by
     return bytes(out.data)
 
 
-def write_world(world: IntegerWorld) -> tuple[bytes, int]:
-    """Return a world as a program, and the bytes of the arena that it wants."""
+def write_world(world: IntegerWorld, encoder: bool = True, decoder: bool = True) -> tuple[bytes, int]:
+    """Return a world as a program, and the bytes of the arena that it wants; parts that are not wanted are left out."""
     out, p, hidden = Writer(), world.predictor, world.hidden
     latent, action = p.change.weight.shape[0], len(world.actions.mean)
-    encoder_plan = plan_rows(world.encoder, 0)
-    decoder_plan = plan_rows(world.decoder, encoder_plan.end)
-    at, places = padded(decoder_plan.end, 16), []
+    encoder_plan = plan_rows(world.encoder)
+    decoder_plan = plan_rows(world.decoder, encoder_plan.end if encoder else 0)
+    at, places = padded(decoder_plan.end if decoder else encoder_plan.end if encoder else 0, 16), []
     for count in (padded(latent, ROW_ALIGN) + hidden, latent + action, hidden, hidden, hidden, latent, latent):
         places.append(at)
         at += 2 * padded(count, ROW_ALIGN)
-    encoder_at = write_chain(out, world.encoder, encoder_plan)
+    encoder_at = write_chain(out, world.encoder, encoder_plan) if encoder else 0
     tables = [np.append(integer.table(name), 0).astype("<i2") for name in ("sigmoid", "tanh")]
     tables_at = out.put(np.concatenate(tables))
     matrices = (p.embed, p.input_gates, p.hidden_gates, p.from_hidden, p.from_input, p.change)
@@ -107,8 +107,8 @@ def write_world(world: IntegerWorld) -> tuple[bytes, int]:
     a = world.actions
     actions_at = out.put(np.stack((a.low, a.high, a.mean, a.factor), axis=1).astype("<f4"))
     predictor_at = out.put_words(latent, action, hidden, actions_at, p.radius, tables_at, *dense, *places[:5])
-    drawing_at = out.put_words(*_dense(out, world.drawing.matrix), world.drawing.zero_out)
-    decoder_at = write_chain(out, world.decoder, decoder_plan)
+    drawing_at = out.put_words(*_dense(out, world.drawing.matrix), world.drawing.zero_out) if decoder else 0
+    decoder_at = write_chain(out, world.decoder, decoder_plan) if decoder else 0
     mean_at = out.put(world.gauge.mean.astype("<i2"))
     gauge_at = out.put_words(mean_at, *_dense(out, world.gauge.whiten), world.gauge.radius99, *places[5:])
     return finish_program(out, at, (encoder_at, predictor_at, drawing_at, decoder_at, gauge_at)), at

@@ -41,7 +41,9 @@ class Calibration(NamedTuple):
 
 
 def quantise(world: World, data: Calibration, bits: int = 8) -> IntegerWorld:
-    """Return the world in integers; `bits` is what a weight of the GRU and of the map behind it takes, 8 or 4.
+    """Return the world in integers; `bits` is what a weight of the largest matrices takes, 8 or 4.
+
+    These are the GRU's, the one behind it, and the decoder's first.
 
     Raises:
         WorldlineError: its encoder or predictor is of a kind that TinyEngine does not run.
@@ -63,7 +65,7 @@ def quantise(world: World, data: Calibration, bits: int = 8) -> IntegerWorld:
         radius = round(math.sqrt(world.config.latent_dim) / scale) if world.config.projection == "normalise" else 0
         predictor = _predictor(world.predictor, seen, scale, radius, bits)
         encoder = _encoder(world, data.frames, scale)
-        drawing, decoder = _decoder(world, seen.latents, scale)
+        drawing, decoder = _decoder(world, seen.latents, scale, bits)
     return IntegerWorld(
         encoder=encoder,
         predictor=predictor,
@@ -154,11 +156,11 @@ def _encoder(world: World, frames: UInt8[Tensor, "n h w 3"], z_scale: float) -> 
     return Chain(stages=_fused(stages), end=Flatten(matrix=affine, zero_in=grid.zero))
 
 
-def _decoder(world: World, z: Float[Tensor, "n d"], scale: float) -> tuple[Drawing, Chain]:
+def _decoder(world: World, z: Float[Tensor, "n d"], scale: float, bits: int) -> tuple[Drawing, Chain]:
     decoder = world.decoder
     real = torch.relu(decoder.linear(z))
     grid_scale, zero = float(real.max()) / 255, -128
-    matrix = _dense(_array(decoder.linear.weight), _array(decoder.linear.bias), scale, grid_scale)
+    matrix = _dense(_array(decoder.linear.weight), _array(decoder.linear.bias), scale, grid_scale, bits)
     drawing = Drawing(matrix=matrix, zero_out=zero)
     side = decoder.grid
     real = real.reshape(len(z), side, side, -1).permute(0, 3, 1, 2)

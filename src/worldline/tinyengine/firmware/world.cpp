@@ -3,6 +3,10 @@
 
 #include "board.hpp"
 
+#if defined(TINYENGINE_LINKED)
+#include "world_program.hpp"
+#endif
+
 using namespace tinyengine;
 
 namespace {
@@ -13,8 +17,11 @@ namespace {
 #ifndef TINYENGINE_ARENA
 #define TINYENGINE_ARENA (1 << 18)
 #endif
-// a place of its own where the board's RAM is too small for a program that firmware would have in flash
-#ifdef TINYENGINE_PROGRAM_AT
+#if defined(TINYENGINE_LINKED)
+// in flash, as firmware has it
+const uint8_t* const program = reinterpret_cast<const uint8_t*>(world_program);
+#elif defined(TINYENGINE_PROGRAM_AT)
+// a place of its own where the board's RAM is too small
 uint8_t* const program = reinterpret_cast<uint8_t*>(TINYENGINE_PROGRAM_AT);
 #else
 alignas(16) uint8_t program_room[TINYENGINE_PROGRAM_ROOM];
@@ -107,8 +114,14 @@ extern "C" int main() {
   board::File in("commands.bin", 1);
   board::File out("results.bin", 5);
   uint32_t size = 0;
+  bool ready = in.read(&size, sizeof size);
+#if defined(TINYENGINE_LINKED)
+  size = kWorldProgramBytes;
+#else
   board::File from("program.bin", 1);
-  if (!in.read(&size, sizeof size) || size > TINYENGINE_PROGRAM_ROOM || !from.read(program, size)) {
+  ready = ready && size <= TINYENGINE_PROGRAM_ROOM && from.read(program, size);
+#endif
+  if (!ready) {
     board::print("commands.bin or program.bin cannot be read, or the program is larger than its room\n");
     return 1;
   }
