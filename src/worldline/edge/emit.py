@@ -41,7 +41,7 @@ class ExportConfig:
     out: Path
     """Where the bundle goes; it must not exist."""
     bits: int = 8
-    """That a weight of the GRU, of the map behind it and of the decoder's first takes: 8, or 4 for a smaller program."""
+    """That a weight of the GRU, of the map behind it and of the decoder's first takes: 8, or 4 for less flash."""
     frames: int = 512
     """Real pictures that activations are measured on."""
     rollouts: int = 64
