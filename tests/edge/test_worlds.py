@@ -17,6 +17,7 @@ from worldline.edge import commands, play
 from worldline.edge.build import BOARDS
 from worldline.edge.commands import Command
 from worldline.edge.emit import write_bundle, write_table
+from worldline.edge.planner import Budget, plan
 from worldline.edge.program import write_world
 from worldline.edge.quantise import Calibration, quantise
 from worldline.edge.world import IntegerWorld, State
@@ -28,7 +29,7 @@ from worldline.model import World
 from worldline.model.checkpoint import load_world, save_world
 from worldline.model.int8 import PROGRAM, Int8World
 
-CONTEXT, STEPS = 4, 20
+CONTEXT, STEPS, SIZES = 4, 20, (24, 2, 32)
 ON_BOARDS = [pytest.param(name, marks=pytest.mark.cortex) for name in ("m4", "m7", "m33", "m55")]
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ (apt-get install g++)")
 
@@ -114,8 +115,13 @@ def test_every_build_answers_with_the_references_bytes(worlds, tmp_path, board):
             ask("observe", z[2])
             state = State(z[2:3], state.h)
         ask("decode", None, whole.decode(state.z)[0])
+    budget = Budget(samples=10, elites=3, iterations=3, horizon=4, seed=5, spread=4000, least=100)
+    actions, cost = plan(whole, state, z[0], budget)
+    asked.append(Command("plan", z[0], budget))
+    wanted.append(np.concatenate((actions.ravel(), np.array([cost], np.uint64).view(np.int16))))
+    ask("step", actions[0], whole.step(state, actions[:1]).z[0])  # from where the plan began
     image = commands.compile_world(target, tmp_path, arena)
-    replies, stack = commands.run_world(target, image, program, 24, 32, asked)
+    replies, stack = commands.run_world(target, image, program, SIZES, asked)
     for i, (command, reply, want) in enumerate(zip(asked, replies, wanted, strict=True)):
         assert reply.status == "ok", f"{i}: {command.verb}"
         if want is not None:
@@ -134,10 +140,25 @@ def test_firmware_has_its_program_in_flash(worlds, tmp_path):
     state = whole.step(State(z[:1], np.zeros((1, whole.hidden), np.int16)), action)
     asked = [Command("picture", frames[0]), Command("begin", z[0]), Command("step", action[0]), Command("drift", z[1])]
     image = commands.compile_world(board, tmp_path, arena, table=tmp_path)
-    replies, _ = commands.run_world(board, image, b"", 24, 32, asked)
+    replies, _ = commands.run_world(board, image, b"", SIZES, asked)
     np.testing.assert_array_equal(replies[0].values, z[0])
     np.testing.assert_array_equal(replies[2].values, state.z[0])
     np.testing.assert_array_equal(replies[3].values, whole.gauge.drift(state.z, z[1:]))
+
+
+def test_plans_in_integers_come_nearer(worlds):
+    """To a latent that known actions lead to: far nearer than standing at the middle action does."""
+    _, whole = worlds
+    rng = np.random.default_rng(8)
+    state = State(whole.encode(pictures(rng, 1)), np.zeros((1, whole.hidden), np.int16))
+    budget = Budget(samples=64, elites=8, iterations=8, horizon=3, seed=1, spread=9000, least=50)
+    truth = whole.actions.run(rng.uniform(0, 512, (1, 3, 2)).astype(np.float32))
+    there = state
+    for action in truth.transpose(1, 0, 2):
+        there = whole.step(there, action)
+    _, cost = plan(whole, state, there.z[0], budget)
+    _, first = plan(whole, state, there.z[0], replace(budget, samples=1, elites=1, iterations=1))
+    assert cost < first / 4
 
 
 @needs_compiler
@@ -146,12 +167,12 @@ def test_calls_in_a_wrong_order_are_refused(worlds, tmp_path):
     program, arena = write_world(whole)
     image = commands.compile_world(None, tmp_path, arena)
     zero = np.zeros(2, np.int16)
-    replies, _ = commands.run_world(None, image, program, 24, 32, [Command("step", zero)])
+    replies, _ = commands.run_world(None, image, program, SIZES, [Command("step", zero)])
     assert replies[0].status == "wrong_order"
     with pytest.raises(WorldlineError, match="damaged"):
-        commands.run_world(None, image, program[:-1] + bytes([program[-1] ^ 1]), 24, 32, [])
+        commands.run_world(None, image, program[:-1] + bytes([program[-1] ^ 1]), SIZES, [])
     with pytest.raises(WorldlineError, match="not_a_program"):
-        commands.run_world(None, image, b"x" * 400, 24, 32, [])
+        commands.run_world(None, image, b"x" * 400, SIZES, [])
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def _world_on(core: str, bundle: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         image = commands.compile_world(board, Path(folder), int(manifest["arena_bytes"]))
         program = (bundle / PROGRAM).read_bytes()
-        replies, stack = commands.run_world(board, image, program, latent, size, asked)
+        replies, stack = commands.run_world(board, image, program, (latent, world.spec.action_dim, size), asked)
         code = _code_bytes(image)
     costs = {c.verb: r.ticks * board.instructions_per_tick for c, r in zip(asked, replies, strict=True)}
     return {

@@ -16,10 +16,20 @@ from worldline.core.native import TINYENGINE
 from worldline.edge import build
 from worldline.edge.build import Board
 from worldline.edge.cases import STATUS
+from worldline.edge.planner import Budget
 
 SOURCE = TINYENGINE / "firmware/world.cpp"
-Verb = Literal["picture", "begin", "observe", "step", "decode", "region", "drift"]
-_CODES: dict[Verb, int] = {"picture": 1, "begin": 2, "observe": 3, "step": 4, "decode": 5, "region": 6, "drift": 7}
+Verb = Literal["picture", "begin", "observe", "step", "decode", "region", "drift", "plan"]
+_CODES: dict[Verb, int] = {
+    "picture": 1,
+    "begin": 2,
+    "observe": 3,
+    "step": 4,
+    "decode": 5,
+    "region": 6,
+    "drift": 7,
+    "plan": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -28,11 +38,16 @@ class Command:
 
     verb: Verb
     values: NDArray[Any] | None = None
+    budget: Budget | None = None
+    """Of `plan`, whose values are the goal's latent."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What it answered: a latent (picture, step), a picture (decode), a number (region, drift), or nothing."""
+    """What it answered: a latent (picture, step), a picture (decode), a number (region, drift), or nothing.
+
+    To `plan`: the actions, and behind them the best sample's cost as four int16.
+    """
 
     status: str
     ticks: int
@@ -70,26 +85,26 @@ def run_world(
     target: Board | None,
     image: Path,
     program: bytes,
-    latent: int,
-    picture_size: int,
+    sizes: tuple[int, int, int],
     commands: Sequence[Command],
     timeout_s: float = 600.0,
 ) -> tuple[list[Reply], int]:
     """Run commands through an image of `compile_world`; returns the replies and the bytes of stack that were used.
 
-    The world's latents have `latent` values, its pictures are `picture_size` pixels square.
+    `sizes` are the values of a latent, those of an action, and the side of a picture.
 
     Raises:
         WorldlineError: the program was refused, the image failed, or it gave back less than was asked.
     """
-    folder = image.parent
+    folder, (latent, action, picture_size) = image.parent, sizes
     (folder / "program.bin").write_bytes(program)
     with open(folder / "commands.bin", "wb") as file:
         file.write(struct.pack("<I", len(program)))
         for command in commands:
             values = b"" if command.values is None else np.ascontiguousarray(command.values).tobytes()
             rows = len(command.values) if command.verb == "picture" and command.values is not None else 0
-            file.write(struct.pack("<2I", _CODES[command.verb], rows) + values)
+            budget = b"" if command.budget is None else command.budget.words()
+            file.write(struct.pack("<2I", _CODES[command.verb], rows) + budget + values)
     if target is None:
         build.run_host(image, timeout_s)
     else:
@@ -102,7 +117,8 @@ def run_world(
     for command in commands:
         picture = 3 * picture_size**2 if command.verb == "decode" else 0
         score = command.verb in ("region", "drift")
-        count = latent if command.verb in ("picture", "step") else int(score)
+        planned = 0 if command.budget is None else command.budget.horizon * action
+        count = latent if command.verb in ("picture", "step") else planned + 4 if planned else int(score)
         dtype: type[np.uint32 | np.int16] = np.uint32 if score else np.int16
         size = count * np.dtype(dtype).itemsize
         if at + picture + 8 + size > len(data) - 4:

@@ -91,6 +91,9 @@ class World {
     return status;
   }
 
+  // Whether there is a state to go on from.
+  bool started() const { return ready_ && begun_; }
+
   // Put a real latent into the place of the imagined one; the memory of the past stays.
   Status observe(const int16_t* z) {
     const Status status = begun(z);
@@ -108,15 +111,21 @@ class World {
     }
     const Normalising* by = at<Normalising>(predictor_->actions_at);
     for (size_t i = 0; i < predictor_->action; ++i) {
-      const float value = clamp(native[i], by[i].low, by[i].high);
-      const float steps = (value - by[i].mean) * by[i].factor + 0.5f;
-      if (!(steps > -1e9f && steps < 1e9f)) {  // nor is NaN
+      if (!(native[i] == native[i])) {  // NaN
         return Status::bad_argument;
       }
-      const int32_t cut = static_cast<int32_t>(steps);
-      out[i] = static_cast<int16_t>(saturate16(static_cast<float>(cut) > steps ? cut - 1 : cut));
+      out[i] = whole(clamp(native[i], by[i].low, by[i].high), by[i]);
     }
     return Status::ok;
+  }
+
+  // What every action is clamped to, in the form that `step` takes.
+  void action_bounds(int16_t* low, int16_t* high) const {
+    const Normalising* by = at<Normalising>(predictor_->actions_at);
+    for (size_t i = 0; i < predictor_->action; ++i) {
+      low[i] = whole(by[i].low, by[i]);
+      high[i] = whole(by[i].high, by[i]);
+    }
   }
 
   // Imagine one step.
@@ -189,6 +198,18 @@ class World {
   template <class T>
   const T* at(uint32_t place) const {
     return place != 0 ? reinterpret_cast<const T*>(program_ + place) : nullptr;
+  }
+
+  static int16_t whole(float value, const Normalising& by) {
+    const float steps = (value - by.mean) * by.factor + 0.5f;
+    if (!(steps > -32768.0f)) {
+      return -32768;
+    }
+    if (steps >= 32767.0f) {
+      return 32767;
+    }
+    const int32_t cut = static_cast<int32_t>(steps);
+    return static_cast<int16_t>(static_cast<float>(cut) > steps ? cut - 1 : cut);
   }
 
   uint32_t gauge_place() const { return gauge_ != nullptr ? gauge_->mean_at : 0; }

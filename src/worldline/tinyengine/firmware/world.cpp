@@ -1,6 +1,5 @@
 // Runs a world by commands that come over semihosting: program.bin and commands.bin in, results.bin out.
-#include "../world.hpp"
-
+#include "../planner.hpp"
 #include "board.hpp"
 
 #if defined(TINYENGINE_LINKED)
@@ -29,13 +28,17 @@ uint8_t* const program = program_room;
 #endif
 alignas(16) uint8_t arena[TINYENGINE_ARENA];
 
-constexpr size_t kMost = 256;  // values of a latent or an action
-constexpr size_t kRow = 4096;  // bytes of a row
+constexpr size_t kMost = 256;      // values of a latent or an action
+constexpr size_t kRow = 4096;      // bytes of a row
+constexpr size_t kMemory = 16384;  // of the planner
 int16_t values[kMost];
+int16_t planned[kMost];
+uint64_t cost;
+alignas(8) uint8_t memory[kMemory];
 uint8_t row[kRow];
 World world;
 
-enum Command : uint32_t { picture = 1, begin = 2, observe = 3, step = 4, decode = 5, region = 6, drift = 7 };
+enum Command : uint32_t { picture = 1, begin = 2, observe = 3, step = 4, decode = 5, region = 6, drift = 7, plan = 8 };
 
 struct Reply {
   uint32_t status, ticks;
@@ -68,6 +71,11 @@ Status run(const board::File& in, const board::File& out, uint32_t command, uint
       return Status::bad_argument;
     }
   }
+  Budget budget = {};
+  if (command == plan && (!in.read(&budget, sizeof budget) || !in.read(values, 2 * latent) ||
+                          budget.horizon * world.action_size() > kMost)) {
+    return Status::bad_argument;
+  }
   uint32_t score = 0;
   Reply reply = {0, 0};
   board::start_clock();
@@ -83,6 +91,9 @@ Status run(const board::File& in, const board::File& out, uint32_t command, uint
       break;
     case region:
       status = world.region(world.state(), &score);
+      break;
+    case plan:
+      status = Planner::plan(world, values, budget, memory, sizeof memory, planned, &cost);
       break;
     case drift:
       status = world.drift(world.state(), values, &score);
@@ -100,6 +111,9 @@ Status run(const board::File& in, const board::File& out, uint32_t command, uint
   out.write(&reply, sizeof reply);
   if (command == step) {
     out.write(world.state(), 2 * latent);
+  } else if (command == plan) {
+    out.write(planned, 2 * budget.horizon * world.action_size());
+    out.write(&cost, sizeof cost);
   } else if (command == region || command == drift) {
     out.write(&score, sizeof score);
   }
