@@ -149,7 +149,7 @@ def _export(config: Any, flags: set[str]) -> int:
     from worldline.edge.emit import export
 
     started = time.monotonic()
-    path = export(config)
+    path = export(config, qemu="--qemu" in flags)
     wrote(path, started)
     print(f"next: worldline evaluate {path} data={config.data}")
     return 0
@@ -480,12 +480,14 @@ COMMANDS: dict[str, Command] = {
             """,
             examples=(
                 ("worldline export pusht", "the shipped world, to runs/pusht-int8"),
+                ("worldline export pusht target=cortex-m4 --qemu", "and its firmware, tried"),
                 ("worldline evaluate runs/pusht-int8 data=datasets/pusht", "what the integers cost"),
             ),
             run=_export,
             config="worldline.edge.emit:ExportConfig",
             path="checkpoint",
             path_required=True,
+            flags={"--qemu": "build the firmware of target=, run it in QEMU, and hold its answers to the reference"},
             kept="Nothing is kept.",
         ),
         Command(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import struct
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 
 from toy_world import SPEC, TINY
 from worldline.core.errors import WorldlineError
+from worldline.core.files import read_json
 from worldline.edge import commands, play
 from worldline.edge.build import BOARDS
 from worldline.edge.commands import Command
@@ -27,7 +30,7 @@ from worldline.engine.workloads import open_workload
 from worldline.engine.workloads.latent import Starts, save_starts
 from worldline.model import World
 from worldline.model.checkpoint import load_world, save_world
-from worldline.model.int8 import PROGRAM, Int8World
+from worldline.model.int8 import MANIFEST, PROGRAM, Int8World
 
 CONTEXT, STEPS, SIZES = 4, 20, (24, 2, 32)
 ON_BOARDS = [pytest.param(name, marks=pytest.mark.cortex) for name in ("m4", "m7", "m33", "m55")]
@@ -236,3 +239,21 @@ def test_firmware_plays_a_session_to_the_same_chain(worlds, bundle, tmp_path, bo
     program = (bundle / PROGRAM).read_bytes()
     image = play.compile_player(target, tmp_path / board, write_world(worlds[1])[1])
     assert play.play(target, image, program, genesis, events) == chains
+
+
+@pytest.mark.cortex
+def test_a_bundle_compiles_by_itself_and_was_tried(worlds, bundle, tmp_path):
+    """With nothing of the package but what lies in the bundle."""
+    tried = write_bundle(tmp_path / "tried", bundle / "checkpoint", worlds[1], {}, target="cortex-m33", qemu=True)
+    ran = read_json(tried / MANIFEST)["qemu"]
+    assert ran["answers_equal"] == 18
+    assert f"{ran['image_bytes']:,} bytes of flash" in (tried / "README.md").read_text()
+    flags = re.search(r"set\(FLAGS (.*)\)", (tried / "CMakeLists.txt").read_text()).group(1).split()
+    sources = ["tinyengine/firmware/world.cpp", "tinyengine/firmware/cortex/startup.cpp", "world_program.cpp"]
+    command = ["arm-none-eabi-g++", *flags, "-DTINYENGINE_LINKED", "-I.", "-Itinyengine/firmware/cortex", "-L."]
+    command += ["-Ttinyengine/firmware/cortex/link.ld", *sources, "-o", str(tmp_path / "world.elf")]
+    subprocess.run(command, cwd=tried, check=True)
+    symbols = subprocess.run(
+        ["arm-none-eabi-nm", str(tmp_path / "world.elf")], capture_output=True, text=True, check=True
+    ).stdout
+    assert not re.search(r"\b(_?malloc|_?free|_?sbrk|_?calloc|_?realloc|_Zn[wa]\w*|__cxa_throw)\b", symbols)

@@ -11,7 +11,7 @@ from worldline.core import native
 from worldline.core.errors import WorldlineError
 from worldline.core.native import LANGUAGE, TINYENGINE
 
-_BARE = (
+BARE = (
     "-O2", "-mthumb", "-ffreestanding", "-fno-threadsafe-statics", "-ffunction-sections", "-fdata-sections",
     "-nostartfiles", "-Wl,--gc-sections", "--specs=nano.specs", "--specs=nosys.specs",
 )  # fmt: skip
@@ -61,6 +61,15 @@ def compile_host(sources: Sequence[Path], image: Path, options: Sequence[str] = 
     native.compile_host(sources, image, ["-I", str(TINYENGINE / "firmware/host"), *options])
 
 
+def regions(board: Board) -> str:
+    """Return the linker's view of a board's memory."""
+    lines = (
+        f"  {name} : ORIGIN = {origin:#x}, LENGTH = {size:#x}\n"
+        for name, (origin, size) in (("FLASH (rx)", board.flash), ("RAM (rwx)", board.ram))
+    )
+    return f"MEMORY\n{{\n{''.join(lines)}}}\n"
+
+
 def compile_board(board: Board, sources: Sequence[Path], image: Path, options: Sequence[str] = ()) -> None:
     """Compile a bare-metal image; the memory's layout is written beside it.
 
@@ -70,16 +79,12 @@ def compile_board(board: Board, sources: Sequence[Path], image: Path, options: S
     compiler = shutil.which("arm-none-eabi-g++")
     if compiler is None:
         raise WorldlineError(f"no compiler for Arm here; on Debian: apt-get install --no-install-recommends {PACKAGES}")
-    regions = "".join(
-        f"  {name} : ORIGIN = {origin:#x}, LENGTH = {size:#x}\n"
-        for name, (origin, size) in (("FLASH (rx)", board.flash), ("RAM (rwx)", board.ram))
-    )
     image.parent.mkdir(parents=True, exist_ok=True)
-    (image.parent / "memory.ld").write_text(f"MEMORY\n{{\n{regions}}}\n")
+    (image.parent / "memory.ld").write_text(regions(board))
     cortex = TINYENGINE / "firmware/cortex"
     native.run(
         [
-            compiler, *LANGUAGE, *_BARE, f"-mcpu={board.core}", *board.flags, "-I", str(cortex), *options,
+            compiler, *LANGUAGE, *BARE, f"-mcpu={board.core}", *board.flags, "-I", str(cortex), *options,
             "-L", str(image.parent), "-T", str(cortex / "link.ld"), str(cortex / "startup.cpp"), *map(str, sources),
             "-o", str(image),
         ]

@@ -6,7 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from worldline.core.errors import WorldlineError
 from worldline.core.files import fsync_directory, read_json, sha256_file, write_bytes, write_json
-from worldline.core.native import TINYENGINE
 from worldline.core.result import provenance
 from worldline.core.seeding import rng_for
 from worldline.data.cache import FrameCache
 from worldline.data.lerobot import Dataset, open_dataset
+from worldline.edge.firmware import TARGETS, run_in_qemu, write_firmware
 from worldline.edge.program import write_world
 from worldline.edge.quantise import Calibration, quantise
 from worldline.edge.schedule import plan_rows
@@ -40,6 +40,8 @@ class ExportConfig:
     """A dataset of the same world; its training episodes give the ranges."""
     out: Path
     """Where the bundle goes; it must not exist."""
+    target: Literal["host", "cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55"] = "host"
+    """What the bundle's CMakeLists.txt compiles for (host: an example for cortex-m4), and what --qemu runs."""
     bits: int = 8
     """That a weight of the GRU, of the map behind it and of the decoder's first takes: 8, or 4 for less flash."""
     frames: int = 512
@@ -50,12 +52,14 @@ class ExportConfig:
     """Of the choice of frames and rollouts."""
 
 
-def export(config: ExportConfig) -> Path:
-    """Quantise a world and write its bundle, whole or not at all.
+def export(config: ExportConfig, qemu: bool = False) -> Path:
+    """Quantise a world and write its bundle, whole or not at all; with `qemu`, run its firmware first.
 
     Raises:
         WorldlineError: `out` exists, the data is of another world or too short, or TinyEngine cannot run the world.
     """
+    if qemu and config.target not in TARGETS:
+        raise WorldlineError(f"--qemu runs firmware; give one of target={', '.join(TARGETS)}")
     if config.out.exists():
         raise WorldlineError(f"{config.out} exists already; choose another place with out=, or remove it first")
     if is_bundle(config.checkpoint):
@@ -73,7 +77,7 @@ def export(config: ExportConfig) -> Path:
     measured = {"data": dataset.fingerprint} | {
         name: getattr(config, name) for name in ("bits", "frames", "rollouts", "seed")
     }
-    return write_bundle(config.out, find_world(config.checkpoint), whole, measured, cost)
+    return write_bundle(config.out, find_world(config.checkpoint), whole, measured, cost, config.target, qemu)
 
 
 def write_bundle(
@@ -82,12 +86,14 @@ def write_bundle(
     world: IntegerWorld,
     calibration: dict[str, Any],
     quality: dict[str, float] | None = None,
+    target: str = "host",
+    qemu: bool = False,
 ) -> Path:
     """Write the bundle of a quantised world, whole or not at all; `calibration` says what it was measured on."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write(temporary, checkpoint, world, calibration, quality)
+        _write(temporary, checkpoint, world, {"calibration": calibration, "quality": quality}, target, qemu)
         os.rename(temporary, out)
         fsync_directory(out.parent)
     finally:
@@ -202,28 +208,26 @@ def sizes(world: IntegerWorld, program: bytes, arena_bytes: int) -> dict[str, An
     }
 
 
-def _write(
-    out: Path, checkpoint: Path, world: IntegerWorld, calibration: dict[str, Any], quality: dict[str, float] | None
-) -> None:
+def _write(out: Path, checkpoint: Path, world: IntegerWorld, measured: dict[str, Any], target: str, qemu: bool) -> None:
     program, arena_bytes = write_world(world)
     out.mkdir(parents=True)
     shutil.copytree(checkpoint, out / CHECKPOINT, ignore=shutil.ignore_patterns("training.*"))
     write_bytes(out / PROGRAM, program)
-    (out / "tinyengine").mkdir()
-    for header in sorted(TINYENGINE.glob("*.hpp")):
-        shutil.copy(header, out / "tinyengine")
     write_table(out, program, arena_bytes)
+    spec, taken = read_card(checkpoint)["spec"], sizes(world, program, arena_bytes)
+    ran = run_in_qemu(world, program, arena_bytes, out, target) if qemu else None
+    write_firmware(out, world, spec["name"], tuple(spec["action_names"]), target, taken, ran)
     files = sorted(path for path in out.rglob("*") if path.is_file())
     manifest = {
         "format": FORMAT,
         "version": 1,
-        "world": read_card(checkpoint)["spec"]["name"],
+        "world": spec["name"],
         "weights": read_card(checkpoint)["weights"]["sha256"],
         "scale": world.scale,
         "arena_bytes": arena_bytes,
-        "sizes": sizes(world, program, arena_bytes),
-        "calibration": calibration,
-        "quality": quality,
+        "sizes": taken,
+        "qemu": ran,
+        **measured,
         "files": {str(path.relative_to(out)): sha256_file(path) for path in files},
         "provenance": provenance(),
     }
