@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from worldline.bench.edge_report import report
+from worldline.bench.harness import compare
 from worldline.core.errors import WorldlineError
 from worldline.core.files import read_json, write_bytes
 from worldline.core.progress import progress
@@ -25,8 +27,10 @@ from worldline.edge.emit import bundle_for
 from worldline.edge.graph import Chain, Rows, Size, Stage
 from worldline.edge.schedule import Plan, pareto, plan_rows, plan_tiles
 from worldline.edge.tflite import read_chain
+from worldline.engine.workloads.int8 import Int8Workload
+from worldline.engine.workloads.latent import LatentWorkload
 from worldline.model.checkpoint import load_world
-from worldline.model.int8 import MANIFEST, PROGRAM
+from worldline.model.int8 import CHECKPOINT, MANIFEST, PROGRAM
 
 DS96 = Path(__file__).parent / "graphs/ds96_int8.tflite"
 CORES = ("m4", "m7", "m33", "m55")
@@ -50,6 +54,8 @@ class EdgeBenchConfig:
 
     checkpoint: str
     """A checkpoint with its training data at hand, or a bundle of worldline export."""
+    seconds: float = 4.0
+    """Time for frames of the int8 world in turns with those of the float one."""
     reports: str = "reports"
     """Where `DATE-edge/` is written."""
     publish: str | None = None
@@ -74,7 +80,7 @@ def run(config: EdgeBenchConfig) -> Path:
     figures["sizes"] = read_json(bundle / MANIFEST)["sizes"]
     figures["theirs"] = THEIRS
     out = Path(config.reports) / f"{date.today().isoformat()}-edge"
-    write_result(out / "result.json", "bench-edge", figures)
+    write_result(out / "result.json", "bench-edge", figures, _play_speed(bundle, config.seconds))
     page = report(read_json(out / "result.json"))
     write_bytes(out / "report.md", page.encode())
     if config.publish:
@@ -125,6 +131,32 @@ def _world_on(core: str, bundle: Path) -> dict[str, float]:
         "stack_bytes": stack,
         "code_bytes": code,
     }
+
+
+def _play_speed(bundle: Path, seconds: float) -> dict[str, Any]:
+    """Time frames (a step and its drawing) on this machine, in turns with the float world's, eager and as graph."""
+    torch.set_num_threads(1)
+    whole = Int8Workload.open(bundle)
+    compared = {}
+    for mode in ("eager", "graph"):
+        real = LatentWorkload.open(bundle / CHECKPOINT, mode=mode)
+        for workload in (real, whole):
+            workload.reset(0)
+        with torch.inference_mode():
+            compared[mode] = compare(
+                ("float", _frame(real)), ("int8", _frame(whole)), seconds, calls_a_turn=20
+            ).to_json()
+    return compared
+
+
+def _frame(workload: LatentWorkload | Int8Workload) -> Callable[[], None]:
+    stages = [stage.run for stage in workload.stages[:2]]
+
+    def frame() -> None:
+        for run in stages:
+            run()
+
+    return frame
 
 
 def _code_bytes(image: Path) -> int:

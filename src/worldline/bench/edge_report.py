@@ -68,6 +68,11 @@ def report(result: dict[str, Any]) -> str:
         for core, on in result["world"].items()
     ]
     made = result["provenance"]
+    speed = " and ".join(
+        f"{1 / found['ratio']:.2f} [{1 / high:.2f}, {1 / low:.2f}] times those in mode {mode}"
+        for mode, found in result["timing"].items()
+        for low, high in [found["interval"]]
+    )
     parts = [
         "# TinyEngine: memory and instructions",
         _GRAPH.strip(),
@@ -98,6 +103,8 @@ def report(result: dict[str, Any]) -> str:
         f"gauge.\nMultiplications: picture {sizes['encode_macs']:,}, step {sizes['step_macs']:,}, drawing "
         f"{sizes['decode_macs']:,}. Instructions in million:",
         _table(("core", "picture to latent", "step", "drawing", "region", "drift", "stack", "code"), world),
+        f"Frames/s on this machine ({made['machine']['processor']}, one thread; a step and its drawing, in turns with "
+        f"the float world): {speed}.",
         f"Commit {made['commit']}. Again: `{made['command']}`.",
     ]
     return "\n\n".join(parts) + "\n"
