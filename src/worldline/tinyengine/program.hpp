@@ -220,7 +220,8 @@ class Checker {
       for (size_t i = 0; i < stride; ++i) {
         const int32_t w = weights[o * stride + i];
         const int32_t above = d.bits == 8 ? w : static_cast<int8_t>(w & 0xf0);
-        const int32_t below = d.bits == 8 ? 0 : static_cast<int8_t>(static_cast<uint8_t>(w << 4));
+        const int32_t below =
+            d.bits == 8 ? 0 : static_cast<int8_t>(static_cast<uint8_t>(static_cast<uint32_t>(w) << 4));
         most += ((above < 0 ? -above : above) + (below < 0 ? -below : below)) * 32768;
       }
       const bool scale = by[o].multiplier >= 0 && by[o].multiplier <= 32767 && by[o].shift >= 15 && by[o].shift <= 46;

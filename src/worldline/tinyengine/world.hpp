@@ -23,6 +23,10 @@ class World {
     predictor_ = at<Predictor>(header_->predictor_at);
     gauge_ = at<Gauge>(header_->gauge_at);
     if (header_->encoder_at != 0) {
+      const End end = at<Chain>(header_->encoder_at)->end;
+      if (end != End::flatten && end != End::average) {  // rows would have nowhere to go
+        return Status::bad_program;
+      }
       encoder_.bind(program, at<Chain>(header_->encoder_at), arena);
     }
     ready_ = true;
