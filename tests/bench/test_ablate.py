@@ -1,5 +1,7 @@
 """The grid of trainings, for real: what it refuses, that its figures are the runs' own, that a failure is told."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,15 @@ def test_a_grid_is_trained_once_and_told_in_full(tmp_path: Path, monkeypatch: py
         assert f"| lewm | {lewm['hri']['value']:.2f}" in text
     assert Path("docs/published-frontier.svg").read_text().startswith("<svg")
 
-    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("result.json")}
-    run(GRID)
-    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("result.json")} == before
+    kept = {path: path.read_text() for path in Path("reports/ablate").rglob("*.json")}
+    assert {path.name for path in kept} == {"costs.json", "ours-0.json", "lewm-0.json"}
+    shutil.rmtree("runs")
+    again = read_json(run(dataclasses.replace(GRID, train=False)).parent / "result.json")
+    assert {key: again[key] for key in ("runs", "pairs", "oracle")} == {
+        key: result[key] for key in ("runs", "pairs", "oracle")
+    }
+    assert again["not_run"] == ["two_room broken 0"]
+    assert not Path("runs").exists(), "evidence is enough"
+    assert {path: path.read_text() for path in Path("reports/ablate").rglob("*.json")} == kept
+    with pytest.raises(WorldlineError, match="is evidence of a run with evaluate"):
+        run(dataclasses.replace(GRID, evaluate="horizon=20"))

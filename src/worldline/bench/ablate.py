@@ -1,4 +1,8 @@
-"""A grid of recipes x worlds x seeds at equal compute: trained, evaluated, planned with, and compared."""
+"""A grid of recipes x worlds x seeds at equal compute: trained, evaluated, planned with, and compared.
+
+What the comparison needs of a run is kept in one small file beside the report, its evidence, so that half a grid can go
+on on another machine, and anybody can draw the report again without training.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from worldline.bench.ablate_report import summarise, write_report
+from worldline.bench.ablate_report import collect_evidence, summarise, write_report
 from worldline.cli import configure
 from worldline.core.errors import WorldlineError, require_at_least
 from worldline.core.files import read_json, write_json
 from worldline.core.progress import progress
-from worldline.core.result import write_result
+from worldline.core.result import provenance, write_result
 from worldline.train.cost import measure_costs
 
 _COST_ROUNDS = 2
@@ -27,7 +31,8 @@ class AblateConfig:
     """What to train on what, how often, and for how long. Everything finished is used again."""
 
     name: str = "ablate"
-    """Datasets are in `datasets/NAME`, runs in `runs/NAME`, the result in `reports/DATE-NAME`."""
+    """Datasets are in `datasets/NAME`, runs in `runs/NAME`, the evidence of finished runs in `reports/NAME`, the
+    result in `reports/DATE-NAME`."""
     worlds: tuple[str, ...] = ()
     """`NAME: OPTIONS` each, the options of `worldline collect`."""
     variants: tuple[str, ...] = ()
@@ -38,6 +43,8 @@ class AblateConfig:
     """Trainings of each variant on each world."""
     term_seeds: int = 1
     """The same for `terms`."""
+    term_worlds: tuple[str, ...] = ()
+    """Names of the worlds that `terms` are trained on; none means all."""
     base: str = ""
     """Options of `worldline train` that every run has."""
     minutes: float | None = 5.0
@@ -50,11 +57,13 @@ class AblateConfig:
     evaluate: str = ""
     """Options of `worldline evaluate`."""
     plan: str | None = None
-    """Options of `worldline plan`; null leaves planning out. The oracle plans once for each world."""
+    """Options of `worldline plan`; null leaves planning out. A world's first run plans with the true dynamics, too."""
     workers: int = 1
     """Runs at a time; each computes with one thread and makes its batches with another."""
+    train: bool = True
+    """false trains nothing and reports what there is evidence of."""
     reports: str = "reports"
-    """Where `DATE-NAME/` is written."""
+    """Where `NAME/` and `DATE-NAME/` are written."""
     publish: str | None = None
     """Where the report is written as well, with its figures beside it."""
 
@@ -68,6 +77,8 @@ class AblateConfig:
         for text in (*self.worlds, *self.variants, *self.terms):
             if not text.partition(":")[0].strip() or ":" not in text:
                 raise WorldlineError(f"ablate: a world or variant is 'NAME: OPTIONS', got {text!r}")
+        if unknown := set(self.term_worlds) - {_named(text)[0] for text in self.worlds}:
+            raise WorldlineError(f"ablate: term_worlds names {min(unknown)!r}, which is none of the grid's worlds")
         if (self.minutes is not None and self.minutes <= 0) or not 0 < self.joint_share < 1:
             raise WorldlineError(
                 f"ablate: minutes must be positive and joint_share between 0 and 1, got {self.minutes} and "
@@ -86,6 +97,9 @@ class Run(NamedTuple):
     steps: dict[str, int]
     """Updates of each stage; empty where the options decide."""
     place: Path
+    evidence: Path
+    oracle: bool
+    """Plan with the true dynamics, too."""
 
     @property
     def title(self) -> str:
@@ -100,19 +114,18 @@ def run(config: AblateConfig) -> Path:
     Raises:
         WorldlineError: a dataset or its references could not be made, or no run succeeded.
     """
-    root, data = Path("runs") / config.name, Path("datasets") / config.name
+    root, data, kept = Path("runs") / config.name, Path("datasets") / config.name, Path(config.reports) / config.name
     worlds = dict(_named(text) for text in config.worlds)
-    for world, options in worlds.items():
-        _prepare(config, data / world, world, options)
     runs, costs = [], {}
     failures: dict[str, str] = {}
-    for world in worlds:
-        costs[world] = _costs(config, root / world, data / world) if config.minutes else {}
+    for world, options in worlds.items():
+        costs[world] = _costs(config, kept / world / "costs.json", data / world, options) if config.minutes else {}
         for seed in range(max(config.seeds, config.term_seeds)):
-            for text in _variants_of(config, seed):
+            for number, text in enumerate(_variants_of(config, world, seed)):
                 variant, options = _named(text)
-                place = root / world / f"{variant.replace(' ', '-')}-{seed}"
-                each = Run(world, variant, seed, options, {}, place)
+                name = f"{variant.replace(' ', '-')}-{seed}"
+                places = root / world / name, kept / world / f"{name}.json"
+                each = Run(world, variant, seed, options, {}, *places, oracle=seed == number == 0)
                 cost = costs[world].get(variant, {})
                 if isinstance(cost, str):
                     failures[each.title] = cost
@@ -121,22 +134,26 @@ def run(config: AblateConfig) -> Path:
     # the variants before the terms, and all of one seed before any of the next, so that half a grid says something
     terms = {_named(text)[0] for text in config.terms}
     runs.sort(key=lambda each: (each.variant in terms, each.seed))
-    with progress(f"ablate {config.name}", len(runs)) as task, ThreadPoolExecutor(config.workers) as pool:
-        for each, failure in zip(runs, pool.map(lambda one: _finish(config, data / one.world, one), runs), strict=True):
+    missing = [each for each in runs if not _is_kept(config, each)] if config.train else []
+    for world in dict.fromkeys(each.world for each in missing):
+        _prepare(config, data / world, world, worlds[world])
+    with progress(f"ablate {config.name}", len(missing)) as task, ThreadPoolExecutor(config.workers) as pool:
+        results = pool.map(lambda one: _finish(config, data / one.world, one), missing)
+        for each, failure in zip(missing, results, strict=True):
             if failure:
                 failures[each.title] = failure
             task.advance(1, f"{each.title} {'failed' if failure else 'done'}")
-    finished = [each for each in runs if each.title not in failures]
+    finished = [each for each in runs if _is_kept(config, each)]
     if not finished:
-        raise WorldlineError(f"ablate: every run failed, the first with: {next(iter(failures.values()))}")
-    if config.plan is not None:
-        for each in {each.world: each for each in reversed(finished)}.values():
-            _oracle(config, data / each.world, each)
+        if failures:
+            raise WorldlineError(f"ablate: every run failed, the first with: {next(iter(failures.values()))}")
+        raise WorldlineError(f"ablate: no evidence of any run in {kept}; train=true makes it")
     figures = {
         "config": asdict(config),
         "costs": costs,
         "failures": failures,
-        **summarise([each._asdict() for each in finished], config.plan is not None),
+        "not_run": [each.title for each in runs if each not in finished and each.title not in failures],
+        **summarise([read_json(each.evidence) for each in finished]),
     }
     folder = Path(config.reports) / f"{date.today():%Y-%m-%d}-{config.name}"
     write_result(folder / "result.json", "ablate", figures, {})
@@ -152,8 +169,10 @@ def _named(text: str) -> tuple[str, str]:
     return name.strip(), options.strip()
 
 
-def _variants_of(config: AblateConfig, seed: int) -> tuple[str, ...]:
-    return (config.variants if seed < config.seeds else ()) + (config.terms if seed < config.term_seeds else ())
+def _variants_of(config: AblateConfig, world: str, seed: int) -> tuple[str, ...]:
+    asked = not config.term_worlds or world in config.term_worlds
+    terms = config.terms if asked and seed < config.term_seeds else ()
+    return (config.variants if seed < config.seeds else ()) + terms
 
 
 def _prepare(config: AblateConfig, path: Path, world: str, options: str) -> None:
@@ -166,19 +185,50 @@ def _train_options(config: AblateConfig, data: Path, options: str) -> list[str]:
     return [f"data={data}", *config.base.split(), *options.split()]
 
 
-def _costs(config: AblateConfig, place: Path, data: Path) -> dict[str, Any]:
+def _asked(config: AblateConfig, run: Run) -> dict[str, Any]:
+    """Return what a run's figures depend on."""
+    return {
+        "data": dict(_named(text) for text in config.worlds)[run.world],
+        "references": config.references,
+        "train": f"{config.base} {run.options}".strip(),
+        "steps": run.steps,
+        "seed": run.seed,
+        "evaluate": config.evaluate,
+        "plan": config.plan,
+    }
+
+
+def _is_kept(config: AblateConfig, run: Run) -> bool:
+    """
+    Raises:
+        WorldlineError: the evidence is of other options.
+    """
+    if not run.evidence.exists():
+        return False
+    asked, found = _asked(config, run), read_json(run.evidence)["asked"]
+    other = [key for key in asked if asked[key] != found.get(key)]
+    if other:
+        raise WorldlineError(
+            f"{run.evidence} is evidence of a run with {other[0]} {found.get(other[0])!r}, asked for is "
+            f"{asked[other[0]]!r}; give the grid another name, or move the file away"
+        )
+    return True
+
+
+def _costs(config: AblateConfig, path: Path, data: Path, collected: str) -> dict[str, Any]:
     """Measure what an update of each variant costs, in rounds over all of them; kept, since runs depend on it.
 
     A variant that fails has its message instead.
     """
-    path = place / "costs.json"
     known = read_json(path) if path.exists() else {}
-    wanted = (*(config.variants if config.seeds else ()), *(config.terms if config.term_seeds else ()))
-    missing = [_named(text) for text in wanted if _named(text)[0] not in known]
+    wanted = _variants_of(config, data.name, 0)
+    missing = [_named(text) for text in wanted if _named(text)[0] not in known] if config.train else []
+    if missing:
+        _prepare(config, data, data.name, collected)
     rounds: dict[str, list[dict[str, dict[str, float]]]] = {}
     for _ in range(_COST_ROUNDS if missing else 0):
         for variant, options in missing:
-            words = [*_train_options(config, data, options), f"path={place / 'costs'}"]
+            words = [*_train_options(config, data, options), f"path={Path('runs') / config.name / 'costs'}"]
             try:
                 costs = measure_costs(configure("train", words))
             except WorldlineError as error:
@@ -207,7 +257,7 @@ def _steps(config: AblateConfig, cost: dict[str, dict[str, float]]) -> dict[str,
 
 
 def _finish(config: AblateConfig, data: Path, run: Run) -> str | None:
-    """Train, evaluate and plan, each unless it is done; return why it failed, if it did."""
+    """Train, evaluate and plan, each unless it is done, and keep the evidence; return why it failed, if it did."""
     steps = [f"{stage}.steps={count}" for stage, count in run.steps.items()]
     options = _train_options(config, data, run.options)
     out, planning = run.place / "evaluation", run.place / "planning"
@@ -218,19 +268,13 @@ def _finish(config: AblateConfig, data: Path, run: Run) -> str | None:
             words = config.evaluate.split()
             _worldline("evaluate", str(run.place), f"data={data}", f"out={out}", *words, log=run.place)
         if config.plan is not None and not (planning / "result.json").exists():
-            words = [f"data={data}", f"out={planning}", "oracle=false", *config.plan.split()]
+            words = [f"data={data}", f"out={planning}", f"oracle={run.oracle}".lower(), *config.plan.split()]
             _worldline("plan", str(run.place), *words, log=run.place)
+        found = collect_evidence(run.place, {"world": run.world, "variant": run.variant, "seed": run.seed})
+        write_json(run.evidence, {"asked": _asked(config, run), **found, "provenance": provenance()})
     except WorldlineError as error:
         return str(error)
     return None
-
-
-def _oracle(config: AblateConfig, data: Path, run: Run) -> None:
-    """Plan with the true dynamics, too, on the starts that all runs of a world share."""
-    out = run.place / "planning"
-    if "oracle" not in read_json(out / "result.json")["success"]:
-        assert config.plan is not None
-        _worldline("plan", str(run.place), f"data={data}", f"out={out}", "oracle=true", *config.plan.split())
 
 
 def _worldline(*arguments: str, log: Path | None = None) -> None:

@@ -14,80 +14,104 @@ from worldline.core.files import read_json, write_bytes
 from worldline.evaluate.reliability import DRAWS, Bootstrap, interval, rank_correlation
 
 
-def summarise(runs: list[dict[str, Any]], planned: bool) -> dict[str, Any]:
-    """Return what the finished runs reached, and each variant against the first, world by world and seed by seed."""
-    horizon = min(max(map(int, read_json(run["place"] / "evaluation/result.json")["verdict"]["hri"])) for run in runs)
-    rows = [_row(run, horizon, planned) for run in runs]
-    ours = rows[0]["variant"]
-    worlds, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("world", "variant"))
-    pairs = []
-    for world in worlds:
-        here = {(run["variant"], run["seed"]): run["place"] for run in runs if run["world"] == world}
-        table = {(row["variant"], row["seed"]): row for row in rows if row["world"] == world}
-        for variant in variants[1:]:
-            seeds = [seed for name, seed in here if name == variant and (ours, seed) in here]
-            if seeds:
-                places = [(here[ours, seed], here[variant, seed]) for seed in seeds]
-                both = [(table[ours, seed], table[variant, seed]) for seed in seeds]
-                pairs.append(
-                    {"world": world, "variant": variant, "seeds": seeds, **_pair(places, both, horizon, planned)}
-                )
-    oracle = {world: _oracle(run["place"] for run in runs if run["world"] == world) for world in worlds}
-    return {
-        "horizon": horizon,
-        "ours": ours,
-        "runs": rows,
-        "pairs": pairs,
-        "oracle": {world: rates for world, rates in oracle.items() if rates},
-        "success_correlation": _correlation(rows) if planned else None,
-    }
+def collect_evidence(place: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Return what comparisons need of a finished run: its row of the tables, the bootstrap's draws, what plans reached.
 
-
-def _row(run: dict[str, Any], horizon: int, planned: bool) -> dict[str, Any]:
-    place: Path = run["place"]
+    `run` names it: world, variant, seed.
+    """
     trained, found = read_json(place / "result.json"), read_json(place / "evaluation/result.json")
-    verdict, latents, long = found["verdict"], found["latents"], found["long_rollouts"]
+    verdict, latents, long, trust = found["verdict"], found["latents"], found["long_rollouts"], found["trust"]
+    horizon = max(map(int, verdict["hri"]))
     row = {
-        "world": run["world"],
-        "variant": run["variant"],
-        "seed": run["seed"],
+        **run,
         "updates": [trained["config"][stage]["steps"] for stage in ("joint", "frozen")],
         "seconds": round(trained["timing"]["seconds"], 1),
         "cpu_seconds": round(trained["timing"]["cpu_seconds"], 1),
         "weights_sha256": found["model"]["weights_sha256"],
         "invalid": verdict["invalid"],
-        "hri": verdict["hri"][str(horizon)],
+        "hri": verdict["hri"],
         "h_star": {key: verdict["h_star"][key] for key in ("steps", "low", "high", "ended_by", "censored")},
         "growth": latents["growth_e100_e10"],
-        "error": latents["error"],
+        "error": [_short(value) for value in latents["error"]],
         "long_steps": long["steps"],
         "inside": long["inside"][-1],
-        "inside_curve": long["inside_curve"][:: max(1, long["steps"] // 100)],
+        "inside_curve": [_short(value) for value in long["inside_curve"][:: max(1, long["steps"] // 100)]],
         "median_radius": long["median_radius"][-1],
         "factors": {
             name: {
-                "r": factor["r"],
+                "r": [_short(value) for value in factor["r"]],
                 "credit": factor["mean_credit"],
                 "kept": factor["gates"]["g1"]["probe_r2"],
                 "canonical": factor["gates"]["g1"]["canonical_r2"],
             }
             for name, factor in found["factors"].items()
         },
+        "auroc": trust["mean_auroc"].get("estimator"),
     }
-    if planned:
-        success = read_json(place / "planning/result.json")["success"]["world"]
-        row["success"] = {offset: rate["value"] for offset, rate in success.items()}
-    return row
+    with np.load(place / "evaluation/draws.npz") as saved:
+        draws = {
+            key: [_short(value) for value in saved[key].tolist()]
+            for key in saved
+            if key in (f"hri_{horizon}", "h_star")
+        }
+    evidence = {"row": row, "draws": draws}
+    if (place / "planning/result.json").exists():
+        planned = read_json(place / "planning/result.json")
+        evidence["plan"] = {
+            "starts": planned["starts"],
+            "reached": planned["reached"]["world"],
+            "success": {
+                name: {o: rate["value"] for o, rate in rates.items()} for name, rates in planned["success"].items()
+            },
+            "decision_ms": planned["timing"]["decision_ms"]["world"]["p50"],
+        }
+    return evidence
 
 
-def _pair(
-    places: list[tuple[Path, Path]],
-    rows: list[tuple[dict[str, Any], dict[str, Any]]],
-    horizon: int,
-    planned: bool,
-) -> dict[str, Any]:
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
+
+
+def summarise(evidence: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the runs reached, and each variant against the first, world by world and seed by seed."""
+    horizon = min(max(map(int, each["row"]["hri"])) for each in evidence)
+    planned = all("plan" in each for each in evidence)
+    for each in evidence:
+        each["row"] |= {"hri": each["row"]["hri"][str(horizon)]} | (
+            {"success": each["plan"]["success"]["world"]} if planned else {}
+        )
+    rows = [each["row"] for each in evidence]
+    ours = rows[0]["variant"]
+    worlds, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("world", "variant"))
+    pairs = []
+    for world in worlds:
+        here = {
+            (each["row"]["variant"], each["row"]["seed"]): each for each in evidence if each["row"]["world"] == world
+        }
+        for variant in variants[1:]:
+            seeds = [seed for name, seed in here if name == variant and (ours, seed) in here]
+            if seeds:
+                both = [(here[ours, seed], here[variant, seed]) for seed in seeds]
+                pairs.append({"world": world, "variant": variant, "seeds": seeds, **_pair(both, horizon, planned)})
+    oracle = {
+        each["row"]["world"]: each["plan"]["success"]["oracle"]
+        for each in evidence
+        if planned and "oracle" in each["plan"]["success"]
+    }
+    return {
+        "horizon": horizon,
+        "ours": ours,
+        "runs": rows,
+        "pairs": pairs,
+        "oracle": oracle,
+        "success_correlation": _correlation(rows) if planned else None,
+    }
+
+
+def _pair(both: list[tuple[dict[str, Any], dict[str, Any]]], horizon: int, planned: bool) -> dict[str, Any]:
     """Compare two variants on the same windows and starts; intervals are over episodes, of the mean over seeds."""
-    draws = [tuple(_draws(place) for place in pair) for pair in places]
+    draws = [tuple({key: np.array(values) for key, values in each["draws"].items()} for each in pair) for pair in both]
+    rows = [(ours["row"], theirs["row"]) for ours, theirs in both]
     key = f"hri_{horizon}"
     defined = all(key in a and key in b for a, b in draws)
     found: dict[str, Any] = {
@@ -97,17 +121,12 @@ def _pair(
         "growth_ratio_each": [a["growth"] / b["growth"] if a["growth"] and b["growth"] else None for a, b in rows],
     }
     if planned:
-        plans = [tuple(read_json(place / "planning/result.json") for place in pair) for pair in places]
-        offsets = plans[0][0]["reached"]["world"]
+        plans = [(ours["plan"], theirs["plan"]) for ours, theirs in both]
         found["success"] = {
-            offset: _mean_difference([_reached_draws(a, b, offset) for a, b in plans]) for offset in offsets
+            offset: _mean_difference([_reached_draws(a, b, offset) for a, b in plans])
+            for offset in plans[0][0]["reached"]
         }
     return found
-
-
-def _draws(place: Path) -> dict[str, np.ndarray]:
-    with np.load(place / "evaluation/draws.npz") as saved:
-        return dict(saved)
 
 
 def _mean_difference(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
@@ -129,16 +148,8 @@ def _reached_draws(ours: dict[str, Any], theirs: dict[str, Any], offset: str) ->
         raise WorldlineError(f"plans to goals {offset} ahead began at different starts; run both with the same options")
     bootstrap = Bootstrap(np.array(ours["starts"][offset])[:, 0], DRAWS)
     count = bootstrap.sums(np.ones(len(ours["starts"][offset])))
-    rates = [bootstrap.sums(np.mean(each["reached"]["world"][offset], axis=1)) / count for each in (ours, theirs)]
+    rates = [bootstrap.sums(np.mean(each["reached"][offset], axis=1)) / count for each in (ours, theirs)]
     return rates[0], rates[1]
-
-
-def _oracle(places: Any) -> dict[str, float] | None:
-    for place in places:
-        path = place / "planning/result.json"
-        if path.exists() and "oracle" in (success := read_json(path)["success"]):
-            return {offset: rate["value"] for offset, rate in success["oracle"].items()}
-    return None
 
 
 def _correlation(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -185,6 +196,8 @@ def _lines(result: dict[str, Any], pictures: list[str]) -> list[str]:
         lines += ["## Does HRI tell what plans well?", "", *_correlation_lines(result), ""]
     if result["failures"]:
         lines += ["## Failures", "", *(f"- {title}: {why}" for title, why in result["failures"].items()), ""]
+    if result["not_run"]:
+        lines += [f"Not run yet: {', '.join(result['not_run'])}.", ""]
     lines += ["## The variants", "", "| variant | options of `worldline train` |", "|---|---|"]
     for text in (*config["variants"], *config["terms"]):
         variant, _, options = text.partition(":")
@@ -212,6 +225,7 @@ def _world_table(result: dict[str, Any], world: str, variants: list[str]) -> lis
         *(f"{name}: R(0) / supervised" for name in factors),
     ]
     heads += [f"{name}: R({horizon})" for name in factors]
+    heads.append("AUROC of the gauge")
     heads += [f"success at {', '.join(rows[0]['success'])}, %"] if planned else []
     heads += ["updates", "CPU minutes", "TFLOP"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -233,6 +247,7 @@ def _world_table(result: dict[str, Any], world: str, variants: list[str]) -> lis
             kept = [row["factors"][name]["kept"] / row["factors"][name]["canonical"] for row in mine]
             cells.append(_two(float(np.median(kept))))
         cells += [_each(mine, lambda row, name=name: _two(row["factors"][name]["r"][horizon])) for name in factors]
+        cells.append(_each(mine, lambda row: _two(row["auroc"] and row["auroc"]["value"])))
         if planned:
             success = [np.mean([row["success"][offset] for row in mine]) for offset in mine[0]["success"]]
             cells.append(", ".join(f"{100 * rate:.0f}" for rate in success))
