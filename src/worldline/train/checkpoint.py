@@ -34,7 +34,8 @@ from worldline.train.config import TrainConfig, differing_options, with_defaults
 RUN, METRICS, TIMING, RESULT = "run.json", "metrics.jsonl", "timing.jsonl", "result.json"
 TRAINING, TENSORS = "training.json", "training.safetensors"
 _FORMAT = "worldline-run"
-_FREE = ("path", "data", "threads", "device")  # options that may differ when a run is resumed: where, not what
+_FREE = ("path", "data", "threads", "device", "track", "track_project")
+"""Options that may differ when a run is resumed: where, not what."""
 
 
 @dataclass(frozen=True, kw_only=True)

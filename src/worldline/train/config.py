@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from worldline.core.errors import WorldlineError, require_at_least
 from worldline.model.world import WorldConfig
+from worldline.train.tracking import Tracking
 
 _ENCODER_TERMS = ("sigreg", "features", "straightening", "variance", "covariance", "time_similarity")
 _ROLLOUT_TERMS = ("excess_growth", "rollout_sigreg", "rollout_inverse")
@@ -207,6 +208,10 @@ class TrainConfig:
     """Updates between two validations, each followed by a checkpoint."""
     validation_windows: int = 64
     """Held-out windows that a validation rolls out."""
+    track: Tracking = "none"
+    """Show metrics, pictures and the best checkpoint to TensorBoard or Weights & Biases, too."""
+    track_project: str = "worldline"
+    """The project in Weights & Biases."""
 
     def __post_init__(self) -> None:
         require_at_least(self, {"threads": 0, "log_every": 1, "checkpoint_every": 1, "validation_windows": 1})

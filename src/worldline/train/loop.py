@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from worldline.train.features import PictureFeatures
 from worldline.train.geometry import Geometry, measure_geometry
 from worldline.train.losses import warmup_cosine
 from worldline.train.objective import Heads, Terms, frozen_terms, joint_terms, weighted_sum
+from worldline.train.tracking import Tracker, flatten, open_tracker
 from worldline.train.validate import Validation
 from worldline.train.windows import FrozenWindows, JointWindows, action_statistics, encode_frames, sample_frames
 
@@ -94,6 +95,7 @@ class Training:
         self.geometry: Geometry | None = None
         self.average: World | None = None
         self.optimizer: torch.optim.AdamW | None = None
+        self.tracker: Tracker
         self._restored: dict[str, Tensor] = {}
         self.step, self.best_step = 0, 0
         self.best_score: float | None = None
@@ -109,14 +111,16 @@ class Training:
         started, spent = time.monotonic(), time.process_time()
         self._restore()
         resumed_at = self.step
-        total = total_steps(self.config)
-        with progress(f"train {self.dataset.spec.name}", total, self.step) as task:
-            if self.step < self.config.joint.steps:
-                self._run_stage(task)
-            if self.step < total:
-                self._run_stage(task)
-        timing = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - spent}
-        self._finish(timing | {"resumed_at": resumed_at})
+        total, config = total_steps(self.config), self.config
+        with closing(open_tracker(config.track, config.path, config.to_json(), config.track_project)) as self.tracker:
+            with progress(f"train {self.dataset.spec.name}", total, self.step) as task:
+                if self.step < config.joint.steps:
+                    self._run_stage(task)
+                if self.step < total:
+                    self._run_stage(task)
+            timing = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - spent}
+            self._finish(timing | {"resumed_at": resumed_at})
+            self.tracker.finish(find_world(config.path))
 
     def _run_stage(self, task: Task) -> None:
         """Run the stage that the next update belongs to, to its end."""
@@ -221,6 +225,7 @@ class Training:
         if name == "joint" or stage.grounding:
             self._fit_gauge(kept)
         found = self.validation(kept)
+        self.tracker.picture(self.step, "rollout", lambda: self.validation.picture(kept))
         if name == "joint":  # latent errors of different encoders cannot be compared: the newest counts
             self.best_step, self.best_score = self.step, None
         elif self.best_score is None or found["rollout_error"] < self.best_score:
@@ -270,6 +275,7 @@ class Training:
 
     def _log(self, file: str, line: dict[str, Any]) -> None:
         append_line(self.config.path / file, {"step": self.step, **line})
+        self.tracker.numbers(self.step, flatten(line, "timing/" if file == TIMING else ""))
 
     def _finish(self, timing: dict[str, float]) -> None:
         """Write the result, with the time since `resumed_at`, and say what lies where."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from worldline.core.errors import WorldlineError
 from worldline.core.seeding import seed_for
 from worldline.data.cache import FrameCache
 from worldline.data.sampler import Sampler
+from worldline.model.picture import filmstrip
 from worldline.model.world import World
 from worldline.train.windows import encode_frames
 
@@ -64,6 +66,19 @@ class Validation:
                 found[f"pixels_{h}"] = self._pixel_error(world, z_hat[:, h - 1], c + h - 1)
         world.train(was_training)
         return found
+
+    @torch.inference_mode()
+    def picture(self, world: World) -> Image.Image:
+        """Draw the first window: the real frames above, below them what is imagined after the context."""
+        device, c = world.action_mean.device, self._context
+        was_training = world.training
+        world.eval()
+        actions = self._actions[:1].to(device)
+        z = encode_frames(world, self._frames[0, :c]).to(device)[None]
+        z_hat = world.rollout(world.begin(z, actions[:, : c - 1]), actions[:, c - 1 :])
+        imagined = world.decode(z_hat[0]).cpu()
+        world.train(was_training)
+        return filmstrip([self._frames[0, c:], imagined], every=max(1, self._steps // 10))
 
     def _pixel_error(self, world: World, z: Float[Tensor, "b d"], step: int) -> float:
         truth = torch.from_numpy(self._frames[:, step]).to(z.device).float() / 255.0

@@ -1,0 +1,115 @@
+"""What a training shows to Weights & Biases or TensorBoard, beside the files of its run, which stay the truth.
+
+Both work without a network: TensorBoard writes event files, and `WANDB_MODE=offline` keeps everything in the run's
+`wandb/`, from where `wandb sync` sends it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image
+
+from worldline.core.errors import WorldlineError
+
+Tracking = Literal["none", "tensorboard", "wandb"]
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Somebody who wants to see a run's numbers and pictures."""
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
+    def picture(self, step: int, name: str, draw: Callable[[], Image.Image]) -> None: ...
+    def finish(self, checkpoint: Path) -> None:
+        """Hear that the run is finished, and where its best checkpoint is."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_tracker(kind: Tracking, run: Path, config: dict[str, Any], project: str) -> Tracker:
+    """Return who follows a run; the same run goes on in the same place when it is resumed.
+
+    Raises:
+        WorldlineError: the package is not installed.
+    """
+    if kind == "none":
+        return _Nobody()
+    try:
+        return _WandB(run, config, project) if kind == "wandb" else _TensorBoard(run)
+    except ImportError as error:
+        package = "wandb" if kind == "wandb" else "tensorboard"
+        raise WorldlineError(
+            f"track={kind} wants a package that is not here ({error}): pip install -c constraints.txt {package}"
+        ) from None
+
+
+def flatten(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return the numbers of a line of metrics by dotted name; words are left out."""
+    found: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, Mapping):
+            found |= flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "step":
+            found[prefix + name] = float(value)
+    return found
+
+
+class _Nobody:
+    def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
+    def picture(self, step: int, name: str, draw: Callable[[], Image.Image]) -> None: ...
+    def finish(self, checkpoint: Path) -> None: ...
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, run: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run / "tensorboard"))
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, draw: Callable[[], Image.Image]) -> None:
+        self._writer.add_image(name, np.asarray(draw()), step, dataformats="HWC")
+
+    def finish(self, checkpoint: Path) -> None:
+        self._writer.add_text("checkpoint", str(checkpoint))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """A run of Weights & Biases, kept in RUN/wandb; its id follows from the run's path, so that it can go on."""
+
+    def __init__(self, run: Path, config: dict[str, Any], project: str) -> None:
+        import wandb
+
+        self._wandb = wandb
+        name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]
+        self._run = wandb.init(project=project, name=run.name, id=name, resume="allow", dir=str(run), config=config)
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, draw: Callable[[], Image.Image]) -> None:
+        self._run.log({name: self._wandb.Image(draw())}, step=step)
+
+    def finish(self, checkpoint: Path) -> None:
+        artifact = self._wandb.Artifact(f"world-{self._run.id}", type="model")
+        for file in sorted(checkpoint.iterdir()):
+            artifact.add_file(str(file))
+        self._run.log_artifact(artifact)
+
+    def close(self) -> None:
+        self._run.finish()
