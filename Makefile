@@ -40,6 +40,7 @@ bench: $(DEV_STAMP)
 readme: $(DEV_STAMP)
 	$(BIN)/python scripts/readme
 	$(BIN)/python scripts/phases
+	$(BIN)/python scripts/model_card
 
 debian:
 	@scripts/system-packages $(BIN)/python

@@ -10,7 +10,7 @@ import pytest
 from worldline.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/setup.md")
+PAGES = ("README.md", "docs/setup_guide.md")
 SHIPPED = ROOT / "src/worldline/shipped/pusht/world.json"
 needs_world = pytest.mark.skipif(not SHIPPED.exists(), reason="the shipped world pusht is not there yet")
 
@@ -63,7 +63,7 @@ def test_commands_and_links_exist(page: str) -> None:
 
 
 @needs_world
-@pytest.mark.parametrize("script", ["readme", "phases"])
+@pytest.mark.parametrize("script", ["readme", "phases", "model_card"])
 def test_the_figures_are_those_of_the_reports(script: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
