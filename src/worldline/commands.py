@@ -81,6 +81,22 @@ def _collect(config: Any, flags: set[str]) -> int:
     return 0
 
 
+def _ingest(config: Any, flags: set[str]) -> int:
+    from worldline.data.clips import read_card
+    from worldline.data.ingest import ingest, read_ledger, told_by_ledger
+
+    started = time.monotonic()
+    path = ingest(config)
+    card = read_card(path)
+    clips = f"{card['num_clips']} clips of {card['num_frames']} frames"
+    print(f"{card['entries']} entries as layout={card['layout']}: {clips}")
+    print(f"rejected or shortened: {told_by_ledger(read_ledger(path))} (each in {path / 'ledger.parquet'})")
+    if card["passed_over"]:
+        print(f"{card['passed_over']} files that are no videos were passed over")
+    wrote(path, started)
+    return 0
+
+
 def _train(config: Any, flags: set[str]) -> int:
     from worldline.checkpoints import add_starts
     from worldline.train.loop import train
@@ -387,6 +403,33 @@ COMMANDS: dict[str, Command] = {
             run=_collect,
             config="worldline.data.collect:CollectConfig",
             kept="Finished episodes stay in {path}.partial; the same command goes on from there.",
+        ),
+        Command(
+            name="ingest",
+            summary="video as it comes into clips that training reads fast, and a ledger of what was lost",
+            about="""
+            Takes Kinetics-400 as it comes (SPLIT/*.mp4 with annotations, a folder for each class, lists of `path label`
+            or `path::label`), folders of video, LeRobot v3 datasets and HDF5 trajectories. Every file is decoded once;
+            what is missing, damaged, cut short or there twice is listed in ledger.parquet with its reason, and nothing
+            stands in for it. The same source and options give the same bytes, whatever the number of workers; an
+            interrupted run goes on where it stopped when the same command is given again.
+            """,
+            examples=(
+                (
+                    "worldline ingest source=/data/k400 path=datasets/k400",
+                    "JPEG pictures in Parquet, a clip a row group",
+                ),
+                ("worldline ingest source=/data/k400 path=datasets/k400 codec=h264 gop=12", "videos, encoded again"),
+                (
+                    "worldline ingest source=train.txt path=datasets/mine codec=source",
+                    "an index into the files of a list",
+                ),
+            ),
+            run=_ingest,
+            config="worldline.data.ingest:IngestConfig",
+            path="source",
+            path_required=True,
+            kept="Finished shards stay in {path}.partial; the same command goes on from there.",
         ),
         Command(
             name="train",

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt64
 
 from worldline.core.errors import WorldlineError
 from worldline.core.seeding import seed_for
@@ -70,16 +70,16 @@ class Sampler:
         """Sort the windows by a hash of their number. NumPy's own shuffles may change between its versions."""
         order = self._orders.get(epoch)
         if order is None:
-            keys = _mix(np.arange(self.num_windows, dtype=np.uint64), seed_for(self.seed, "epoch", epoch))
+            keys = mix(np.arange(self.num_windows, dtype=np.uint64), seed_for(self.seed, "epoch", epoch))
             order = np.argsort(keys, kind="stable")
             # neighbours only: a batch straddles two epochs at most, unless it is larger than one
             self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) <= 1} | {epoch: order}
         return order
 
 
-def _mix(counter: np.ndarray, seed: int) -> np.ndarray:
-    """Scramble 64-bit counters. Source: SplitMix64, Steele et al., OOPSLA 2014."""
-    value = counter * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+def mix(counter: UInt64[np.ndarray, " n"], seed: int | UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """Scramble 64-bit counters; one seed for all, or one for each. Source: SplitMix64, Steele et al., OOPSLA 2014."""
+    value = counter * np.uint64(0x9E3779B97F4A7C15) + np.asarray(seed, dtype=np.uint64)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

@@ -1,0 +1,265 @@
+"""Ingest: every good clip taken, every bad one ledgered with the right reason, the same bytes whoever does the work."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from video_zoo import FRAMES, Laid, broken_files, encode, good_files, lay_out, pictures
+
+from worldline.core.errors import WorldlineError
+from worldline.data.clips import JoinedClips, open_clips
+from worldline.data.footage import REASONS
+from worldline.data.ingest import IngestConfig, ingest, read_ledger
+from worldline.data.sources import list_source
+
+LAYOUTS = ("cvdf", "folders", "spaces", "colons")
+SMALL: dict[str, Any] = {"num_frames": 4, "stride": 2, "image_size": 32, "items_per_shard": 8}
+
+
+def tree(path: Path) -> dict[str, str]:
+    """Return the hash of every file."""
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    return {file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def files_in(folder: Path, files: dict[str, bytes]) -> dict[str, Path]:
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return {name: folder / name for name in files}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return files_in(tmp_path_factory.mktemp("zoo") / "good", good_files())
+
+
+@pytest.fixture(scope="module")
+def videos(good: dict[str, Path]) -> Path:
+    return next(iter(good.values())).parent
+
+
+def check(laid: Laid, out: Path, whole: dict[str, int]) -> None:
+    """Compare tables with what was laid out; `whole` gives the frames of each good file by name."""
+    episodes = pq.read_table(out / "episodes.parquet").to_pylist()
+    taken = {row["path"]: row for row in episodes if row["path"] not in laid.bad}
+    assert taken.keys() == laid.good.keys()
+    for path, row in taken.items():
+        assert (row["label"] or "") == laid.good[path]
+        assert row["num_frames"] == whole[Path(path).name]
+    ledger = {row["path"] if row["path"] not in taken else f"{row['path']} again": row for row in read_ledger(out)}
+    assert {path: row["reason"] for path, row in ledger.items()} == {path: why for path, (why, _) in laid.bad.items()}
+    kept = {row["path"]: row["num_clips"] for row in episodes if row["path"] in laid.bad}
+    for path, row in ledger.items():
+        frames = laid.bad[path][1]
+        assert row["decodable_frames"] == (row["decodable_frames"] if frames is None else frames), path
+        assert row["clips_kept"] == kept.get(path, 0)
+        assert row["reason"] in REASONS
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_good_clip_is_taken_and_every_bad_one_ledgered(
+    layout: str, good: dict[str, Path], tmp_path: Path
+) -> None:
+    broken = broken_files()
+    assert len(broken) >= 30
+    laid = lay_out(tmp_path / "source", layout, good, broken)
+    out = ingest(IngestConfig(source=str(laid.source), path=str(tmp_path / "out"), workers=1, **SMALL))
+    check(laid, out, dict.fromkeys(good, FRAMES))
+    shortened = [row for row in read_ledger(out) if row["clips_kept"]]
+    assert {row["reason"] for row in shortened} >= {"truncated", "damaged", "size_changes"}
+    assert all(row["clips_lost"] for row in shortened if row["path"].endswith("mp4"))
+    assert open_clips(out).num_clips > 30
+
+
+def test_two_workers_and_a_second_run_give_the_same_bytes(good: dict[str, Path], tmp_path: Path) -> None:
+    laid = lay_out(tmp_path / "source", "cvdf", good, broken_files())
+    outs = [
+        ingest(IngestConfig(source=str(laid.source), path=str(tmp_path / f"out{workers}"), workers=workers, **SMALL))
+        for workers in (1, 2)
+    ]
+    assert tree(outs[0]) == tree(outs[1])
+    there = {name for name in tree(outs[0]) if not name.startswith("shards/")}
+    assert there == {"clips.json", "episodes.parquet", "index.npy", "ledger.parquet", "shards.npy"}
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(videos: Path, tmp_path: Path) -> None:
+    options = [f"{key}={value}" for key, value in {**SMALL, "items_per_shard": 1}.items()]
+    whole = ingest(IngestConfig(source=str(videos), path=str(tmp_path / "whole"), **{**SMALL, "items_per_shard": 1}))
+    command = [sys.executable, "-m", "worldline", "ingest", str(videos), f"path={tmp_path / 'killed'}", *options]
+    notes = tmp_path / "killed.partial" / "notes"
+    running = subprocess.Popen([*command, "workers=1"], stdout=subprocess.DEVNULL)
+    while len(list(notes.rglob("*.json"))) < 2 and running.poll() is None:
+        time.sleep(0.01)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not (tmp_path / "killed").exists()
+    done = {path: path.stat().st_mtime_ns for path in notes.rglob("*.json")}
+    assert 2 <= len(done) < 8
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert tree(tmp_path / "killed") == tree(whole)
+
+
+def decoded(path: Path) -> np.ndarray:
+    """Return all frames, by PyAV alone."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_clips_hold_the_frames_of_their_source(videos: Path, tmp_path: Path) -> None:
+    """At the source's own height nothing is scaled: a raw clip is the middle of frames start, start + stride, ..."""
+    options = {"num_frames": 3, "stride": 2, "hop": 4, "image_size": 48}
+    out = ingest(IngestConfig(source=str(videos), path=str(tmp_path / "raw"), codec="raw", **options))
+    clips = open_clips(out)
+    episodes = pq.read_table(out / "episodes.parquet").to_pylist()
+    assert [row["first_clip"] for row in episodes] == [5 * number for number in range(8)]
+    for row in episodes:
+        frames = decoded(videos / row["path"])[:, :, 8:56]
+        assert row["num_clips"] == 5
+        for number in range(5):
+            wanted = frames[4 * number : 4 * number + 5 : 2]
+            assert np.array_equal(clips.read(np.array([row["first_clip"] + number]))[0], wanted)
+        seen = frames[: 4 * 4 + 5 : 2].astype(float).reshape(-1, 3) / 255
+        np.testing.assert_allclose(row["mean"], seen.mean(0), atol=0.01)
+        np.testing.assert_allclose(row["std"], seen.std(0), atol=0.01)
+    # any Parquet reader finds the same, one clip a row group
+    table = pq.ParquetFile(out / "shards/000/000.parquet")
+    assert table.metadata.num_row_groups == clips.num_clips
+    row = table.read_row_group(7).to_pylist()[0]
+    assert (row["item"], row["start"], row["time"]) == (1, 8, pytest.approx(8 / 25))
+    assert np.array_equal(np.frombuffer(row["frames"], np.uint8).reshape(3, 48, 48, 3), clips.read(np.array([7]))[0])
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "h264", "source"])
+def test_every_codec_gives_the_same_clips(codec: str, good: dict[str, Path], tmp_path: Path) -> None:
+    """An index into the source gives the pixels of a raw cache, to the bit; the lossy ones are near, and in place."""
+    laid = lay_out(tmp_path / "source", "folders", good, [b for b in broken_files() if "60%" in b.name])
+    options = {**SMALL, "hop": 3, "image_size": 48, "crf": 1, "gop": 5, "quality": 95}
+    raw, other = (
+        open_clips(
+            ingest(IngestConfig(source=str(laid.source), path=str(tmp_path / f"as {each}"), codec=each, **options))
+        )
+        for each in ("raw", codec)
+    )
+    assert other.num_clips == raw.num_clips
+    assert other.fingerprint != raw.fingerprint
+    ids = np.random.default_rng(0).permutation(raw.num_clips)
+    wanted, got = raw.read(ids).astype(int), other.read(ids).astype(int)
+    if codec == "source":
+        assert np.array_equal(got, wanted)
+    error, shifted = np.abs(got - wanted).mean(), np.abs(got[:, 1:] - wanted[:, :-1]).mean()
+    assert error < 9 < shifted
+    assert np.array_equal(other.read(ids[3:5]), got[3:5])
+
+
+def test_damage_to_a_cache_is_told(videos: Path, tmp_path: Path) -> None:
+    out = ingest(IngestConfig(source=str(videos), path=str(tmp_path / "out"), codec="raw", **SMALL))
+    clips: Any = open_clips(out)
+    shard = out / "shards/000/000.parquet"
+    place = int(clips._index[2]["offset"]) + 100
+    content = bytearray(shard.read_bytes())
+    content[place] ^= 1
+    shard.write_bytes(content)
+    clips = open_clips(out)
+    clips.read(np.array([0, 1, 3]))
+    with pytest.raises(WorldlineError, match=r"clip 2 is not the one that was written"):
+        clips.read(np.array([1, 2]))
+    with pytest.raises(WorldlineError, match=r"there are \d+ clips, counted from 0; asked for 0 to 999"):
+        clips.read(np.array([0, 999]))
+    shard.unlink()
+    with pytest.raises(WorldlineError, match="the shard is missing"):
+        open_clips(out).read(np.array([0]))
+    (out / "index.npy").write_bytes(b"nothing")
+    with pytest.raises(WorldlineError, match=r"index\.npy: not an index"):
+        open_clips(out)
+    with pytest.raises(WorldlineError, match="no clips here"):
+        open_clips(tmp_path)
+
+
+def test_an_entry_that_kills_the_decoder_is_left_out(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker is killed at one file, as by a fault in a decoder, whenever it comes to it."""
+    deadly = tmp_path / "deadly"
+    deadly.mkdir()
+    (deadly / "sitecustomize.py").write_text(
+        "import av, os, signal\n"
+        "opened = av.open\n"
+        "def open(file, *rest, **options):\n"
+        "    if 'abcdefghij2' in str(file):\n"
+        "        os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "    return opened(file, *rest, **options)\n"
+        "av.open = open\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(deadly), *sys.path]))
+    out = ingest(IngestConfig(source=str(videos), path=str(tmp_path / "out"), **SMALL))
+    (row,) = read_ledger(out)
+    assert (row["path"], row["reason"]) == ("abcdefghij2_000000_000010.mkv", "crashes_decoder")
+    assert row["detail"] == f"2 processes ended by signal {signal.SIGSEGV.value}"
+    assert pq.read_metadata(out / "episodes.parquet").num_rows == 7
+
+
+def test_a_file_that_goes_before_its_turn_is_ledgered(videos: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in videos.iterdir():
+        (source / path.name).symlink_to(path)
+    config = IngestConfig(source=str(source), path=str(tmp_path / "out"), workers=1, **SMALL)
+    staging = tmp_path / "out.partial"
+    staging.mkdir()
+    from worldline.data.ingest import _plan
+
+    _plan(staging, config)
+    (source / "abcdefghij0_000000_000010.mp4").unlink()
+    (row,) = read_ledger(ingest(config))
+    assert (row["path"], row["reason"]) == ("abcdefghij0_000000_000010.mp4", "missing")
+
+
+def test_finished_clips_are_never_overwritten(videos: Path, tmp_path: Path) -> None:
+    config = IngestConfig(source=str(videos), path=str(tmp_path / "out"), **SMALL)
+    before = tree(ingest(config))
+    assert tree(ingest(config)) == before
+    with pytest.raises(WorldlineError, match="stride=2 there, stride=3 asked for"):
+        ingest(IngestConfig(source=str(videos), path=str(tmp_path / "out"), **{**SMALL, "stride": 3}))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(WorldlineError, match="was not made by `worldline ingest`"):
+        ingest(IngestConfig(source=str(videos), path=str(tmp_path / "other"), **SMALL))
+
+
+def test_nothing_to_ingest_is_one_line_and_a_ledger(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    with pytest.raises(WorldlineError, match="nothing to ingest"):
+        ingest(IngestConfig(source=str(source), path=str(tmp_path / "out")))
+    (source / "a.mp4").write_bytes(b"")
+    (source / "b.mp4").write_bytes(encode(pictures(3)))
+    with pytest.raises(WorldlineError, match=r"not one clip of 16 frames .* from 2 entries \(1 empty, 1 too_short\)"):
+        ingest(IngestConfig(source=str(source), path=str(tmp_path / "out2")))
+    with pytest.raises(WorldlineError, match="no such file or folder"):
+        list_source(tmp_path / "gone")
+
+
+def test_joined_clips_count_through(videos: Path, tmp_path: Path) -> None:
+    parts = [
+        open_clips(ingest(IngestConfig(source=str(videos), path=str(tmp_path / codec), codec=codec, **SMALL)))
+        for codec in ("raw", "jpeg")
+    ]
+    joined = JoinedClips(parts)
+    count = parts[0].num_clips
+    got = joined.read(np.array([count + 1, 0, count, 2]))
+    assert np.array_equal(got[[1, 3]], parts[0].read(np.array([0, 2])))
+    assert np.array_equal(got[[2, 0]], parts[1].read(np.array([0, 1])))
+    other = open_clips(
+        ingest(IngestConfig(source=str(videos), path=str(tmp_path / "o"), **{**SMALL, "image_size": 16}))
+    )
+    with pytest.raises(WorldlineError, match="must have one shape, got 4 frames of 16 px, 4 frames of 32 px"):
+        JoinedClips([parts[0], other])
