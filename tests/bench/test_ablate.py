@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from worldline.bench.ablate import AblateConfig, run
+from worldline.bench.ablate_bars import judge
 from worldline.core.errors import WorldlineError
 from worldline.core.files import read_json
 
@@ -35,6 +36,37 @@ GRID = AblateConfig(
 def test_variants_want_names(variants: tuple[str, ...]) -> None:
     with pytest.raises(WorldlineError, match="variant"):
         AblateConfig(worlds=("two_room:",), variants=variants)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_bars_are_kept_or_not(kept: bool) -> None:
+    def row(variant: str, success: float, radius: float) -> dict:
+        rates = {"25": success, "75": success}
+        return {"world": "w", "variant": variant, "long_steps": 1000, "inside": 0.99, "median_radius": radius,
+                "success": rates}  # fmt: skip
+
+    interval = {"low": 0.1, "value": 0.2, "high": 0.3, "each": [0.2, 0.1 if kept else -0.1]}
+    pair = {
+        "world": "w",
+        "variant": "b",
+        "seeds": [0, 1],
+        "hri": interval,
+        "h_star": interval,
+        "h_star_each": [[100, 33], [99 if kept else 97, 33]],
+        "growth_ratio_each": [0.5, 0.5 if kept else 0.51],
+    }
+    theirs = 0.5 if kept else 0.61
+    bars = judge(
+        {
+            "ours": "a",
+            "horizon": 100,
+            "config": {"variants": ["a:", "b: x=1"]},
+            "runs": [row("a", 0.55, 1.09), row("a", 0.55, 0.9 if kept else 0.89), row("b", theirs, 2.0)],
+            "pairs": [pair],
+        }
+    )
+    assert [bar.asked.split()[0] for bar in bars] == ["HRI_100", "H*", "e_100", "97%", "success", "success"]
+    assert [bar.kept for bar in bars] == [kept] * 6
 
 
 def test_a_grid_is_trained_once_and_told_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from worldline.bench.ablate_bars import KEPT, difference, judge, two
 from worldline.core.errors import WorldlineError
 from worldline.core.files import read_json, write_bytes
 from worldline.evaluate.reliability import DRAWS, Bootstrap, interval, rank_correlation
@@ -189,6 +190,10 @@ def _lines(result: dict[str, Any], pictures: list[str]) -> list[str]:
         "",
     ]
     lines += [f"![{Path(picture).stem}]({picture})\n" for picture in pictures]
+    if bars := judge(result):
+        lines += ["## What was asked", "", "| world | of | asked | found | kept |", "|---|---|---|---|---|"]
+        lines += [f"| {bar.world} | {bar.of} | {bar.asked} | {bar.found} | {KEPT[bar.kept]} |" for bar in bars]
+        lines += ["", "An error that does not grow has a ratio of 1, so half of a growth under 2 is out of reach.", ""]
     for world in worlds:
         lines += [f"## {world}", "", *_world_table(result, world, variants), ""]
         lines += _pairs_table(result, world)
@@ -237,17 +242,17 @@ def _world_table(result: dict[str, Any], world: str, variants: list[str]) -> lis
             variant,
             _each(mine, _shown_hri),
             _each(mine, _shown_star),
-            _each(mine, lambda row: _two(row["growth"])),
+            _each(mine, lambda row: two(row["growth"])),
         ]
         cells += [
             _each(mine, lambda row: f"{100 * row['inside']:.0f}"),
-            _each(mine, lambda row: _two(row["median_radius"])),
+            _each(mine, lambda row: two(row["median_radius"])),
         ]
         for name in factors:
             kept = [row["factors"][name]["kept"] / row["factors"][name]["canonical"] for row in mine]
-            cells.append(_two(float(np.median(kept))))
-        cells += [_each(mine, lambda row, name=name: _two(row["factors"][name]["r"][horizon])) for name in factors]
-        cells.append(_each(mine, lambda row: _two(row["auroc"] and row["auroc"]["value"])))
+            cells.append(two(float(np.median(kept))))
+        cells += [_each(mine, lambda row, name=name: two(row["factors"][name]["r"][horizon])) for name in factors]
+        cells.append(_each(mine, lambda row: two(row["auroc"] and row["auroc"]["value"])))
         if planned:
             success = [np.mean([row["success"][offset] for row in mine]) for offset in mine[0]["success"]]
             cells.append(", ".join(f"{100 * rate:.0f}" for rate in success))
@@ -276,10 +281,10 @@ def _pairs_table(result: dict[str, Any], world: str) -> list[str]:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for pair in pairs:
         each = pair["hri"]["each"] if pair["hri"] else []
-        cells = [pair["variant"], _difference(pair["hri"]), f"{sum(one > 0 for one in each)} of {len(pair['seeds'])}"]
-        cells += [_difference(pair["h_star"], ".0f"), ", ".join(f"{a} : {b}" for a, b in pair["h_star_each"])]
-        cells.append(", ".join(_two(ratio) for ratio in pair["growth_ratio_each"]))
-        cells += [_difference(pair["success"][offset], ".0f", 100) for offset in offsets]
+        cells = [pair["variant"], difference(pair["hri"]), f"{sum(one > 0 for one in each)} of {len(pair['seeds'])}"]
+        cells += [difference(pair["h_star"], ".0f"), ", ".join(f"{a} : {b}" for a, b in pair["h_star_each"])]
+        cells.append(", ".join(two(ratio) for ratio in pair["growth_ratio_each"]))
+        cells += [difference(pair["success"][offset], ".0f", 100) for offset in offsets]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -287,7 +292,7 @@ def _pairs_table(result: dict[str, Any], world: str) -> list[str]:
 def _correlation_lines(result: dict[str, Any]) -> list[str]:
     return [
         f"- {world}: Spearman's correlation of HRI_{result['horizon']} with success, mean over offsets, is "
-        f"{_two(found['spearman'])} over {found['checkpoints']} checkpoints."
+        f"{two(found['spearman'])} over {found['checkpoints']} checkpoints."
         for world, found in result["success_correlation"].items()
     ]
 
@@ -312,16 +317,3 @@ def _shown_hri(row: dict[str, Any]) -> str:
 def _shown_star(row: dict[str, Any]) -> str:
     star = row["h_star"]
     return f"{star['steps']}+" if star["censored"] else str(star["steps"])
-
-
-def _two(value: float | None) -> str:
-    if value is None:
-        return "n/a"
-    return f"{value:.2f}" if abs(value) < 1e4 else f"{value:.0e}"
-
-
-def _difference(found: dict[str, Any] | None, digits: str = ".2f", scale: float = 1.0) -> str:
-    if found is None:
-        return "n/a"
-    value, low, high = (scale * found[key] for key in ("value", "low", "high"))
-    return f"{value:+{digits}} [{low:+{digits}}, {high:+{digits}}]"
