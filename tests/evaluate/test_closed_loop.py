@@ -21,7 +21,7 @@ from worldline.data.two_room import MAX_SPEED, TwoRoom
 from worldline.evaluate import closed_loop, planning
 from worldline.evaluate.closed_loop import LoopConfig, OracleAgent, WorldAgent, attempt
 from worldline.evaluate.planning import PlanConfig, evaluate_planning
-from worldline.evaluate.starts import choose_starts, simulator_at
+from worldline.evaluate.starts import Stage, choose_starts
 from worldline.model.checkpoint import save_world
 from worldline.model.world import State, World, WorldConfig
 from worldline.planning.planners import PlannerConfig, Space
@@ -61,8 +61,10 @@ class SeesThePlace(World):
 
 def tried(agent: OracleAgent | WorldAgent, dataset: Dataset, seed: int = 0, count: int = 6) -> closed_loop.Outcome:
     starts = choose_starts(dataset, offset=15, context=2, count=count, seed=1)
-    cache = FrameCache(dataset)
-    return attempt(agent, cache, starts, planner=QUICK, loop=LOOP, context=2, budget=45, seed=seed)
+    simulators = Stage(dataset).at(starts)
+    return attempt(
+        agent, FrameCache(dataset), starts, simulators, planner=QUICK, loop=LOOP, context=2, budget=45, seed=seed
+    )
 
 
 def test_the_oracle_reaches_its_goals(dataset: Dataset) -> None:
@@ -88,7 +90,7 @@ def test_what_is_seen_replaces_what_was_imagined(dataset: Dataset) -> None:
             return State(state.z + 9.0, ())
 
     world, starts = Lost(), choose_starts(dataset, offset=15, context=2, count=3, seed=1)
-    agent, simulators = WorldAgent(world, LOOP), [simulator_at(dataset, e, t) for e, t in starts.index.tolist()]
+    agent, simulators = WorldAgent(world, LOOP), Stage(dataset).at(starts)
     agent.begin(closed_loop.problems_at(FrameCache(dataset), starts, 2), simulators)
     before = agent._state.z.clone()
     seen = [simulators[row].step(np.ones(2, np.float32)) for row in (0, 2)]
@@ -102,7 +104,10 @@ def test_reached_is_told_by_the_true_state(dataset: Dataset, monkeypatch: pytest
     monkeypatch.setitem(TOLERANCES["two_room"], "agent", 1e-9)
     starts = choose_starts(dataset, offset=15, context=2, count=2, seed=1)
     agent = OracleAgent("two_room", SPACE, LOOP)
-    outcome = attempt(agent, FrameCache(dataset), starts, planner=QUICK, loop=LOOP, context=2, budget=15, seed=0)
+    simulators = Stage(dataset).at(starts)
+    outcome = attempt(
+        agent, FrameCache(dataset), starts, simulators, planner=QUICK, loop=LOOP, context=2, budget=15, seed=0
+    )
     assert outcome.steps.tolist() == [-1, -1]
 
 
@@ -134,19 +139,21 @@ def test_solved_starts_are_removed_and_counted(dataset: Dataset) -> None:
         choose_starts(dataset, offset=offset, context=2, count=possible - len(solved) + 1, seed=0)
 
 
-def test_the_simulator_is_led_to_the_recorded_frame(dataset: Dataset) -> None:
-    episode = dataset.split("test")[0]
-    simulator = simulator_at(dataset, episode, 20)
-    frames = FrameCache(dataset).frames(episode)
-    observation = simulator.step(dataset.actions(episode)[20])
-    assert np.array_equal(observation.frame, frames[21])
-    assert np.array_equal(observation.state, dataset.state(episode)[21])
+def test_simulators_stand_at_the_recorded_frames_again_and_again(dataset: Dataset) -> None:
+    starts = choose_starts(dataset, offset=15, context=2, count=4, seed=1, latest=20)
+    assert starts.index[:, 1].max() <= 20
+    stage, cache = Stage(dataset), FrameCache(dataset)
+    for _ in range(2):
+        for simulator, (episode, start) in zip(stage.at(starts), starts.index.tolist(), strict=True):
+            observation = simulator.step(dataset.actions(episode)[start])
+            assert np.array_equal(observation.frame, cache.frames(episode)[start + 1])
+            assert np.array_equal(observation.state, dataset.state(episode)[start + 1])
 
 
 def test_an_episode_that_does_not_repeat_is_refused(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worldline.data.two_room.MAX_SPEED", 0.03)
     with pytest.raises(WorldlineError, match="does not repeat"):
-        simulator_at(dataset, dataset.split("test")[0], 20)
+        Stage(dataset).at(choose_starts(dataset, offset=15, context=2, count=1, seed=1))
 
 
 def checkpoint(path: Path, dataset: Dataset, seed: int) -> str:

@@ -17,7 +17,7 @@ from worldline.core.seeding import seed_for
 from worldline.data.cache import FrameCache, resize
 from worldline.data.goals import reached
 from worldline.data.simulators import Observation, Simulator
-from worldline.evaluate.starts import Starts, simulator_at
+from worldline.evaluate.starts import Starts
 from worldline.evaluate.windows import states_of
 from worldline.model.world import State, World
 from worldline.planning.goal import GoalCost, Over
@@ -168,6 +168,7 @@ def attempt(
     agent: Agent,
     cache: FrameCache,
     starts: Starts,
+    simulators: list[Simulator],
     *,
     planner: PlannerConfig,
     loop: LoopConfig,
@@ -178,11 +179,12 @@ def attempt(
 ) -> Outcome:
     """Let an agent try every start for at most `budget` environment steps. A start whose goal is reached is left alone.
 
+    `simulators` stand at the starts, and have moved on afterwards.
+
     Candidates are drawn by (seed, episode, start, offset, decision): the same for every agent with the same planner.
     """
     dataset, n = cache.dataset, len(starts.index)
     problems = problems_at(cache, starts, context)
-    simulators = [simulator_at(dataset, episode, start) for episode, start in starts.index.tolist()]
     agent.begin(problems, simulators)
     steps, last = np.full(n, -1), problems.frames[:, -1].copy()
     moved_on: Float[Tensor, "n t a"] = agent.space.centre.expand(n, planner.steps, -1).clone()

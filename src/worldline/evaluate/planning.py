@@ -24,7 +24,7 @@ from worldline.data.goals import TOLERANCES
 from worldline.data.lerobot import Dataset, open_dataset
 from worldline.evaluate.closed_loop import Agent, LoopConfig, OracleAgent, Outcome, WorldAgent, attempt, problems_at
 from worldline.evaluate.reliability import DRAWS, Bootstrap, interval
-from worldline.evaluate.starts import Starts, choose_starts
+from worldline.evaluate.starts import Stage, Starts, choose_starts
 from worldline.model.checkpoint import load_world, weights_sha256
 from worldline.model.picture import filmstrip
 from worldline.model.world import World
@@ -49,6 +49,8 @@ class PlanConfig:
     """How many frames after its start each goal was seen."""
     starts: int = 20
     """Starts of each offset."""
+    latest: int | None = None
+    """No start after this frame of its episode, since the simulator draws every frame on the way; None is anywhere."""
     planner_seeds: int = 3
     """How many times everything is tried, with other candidates each time."""
     budget: float = 2.0
@@ -91,7 +93,9 @@ def evaluate_planning(config: PlanConfig) -> Path:
     out, cache = _out(config), FrameCache(dataset)
     context = max(world.config.context for world in worlds.values())
     chosen = [
-        choose_starts(dataset, offset=offset, context=context, count=config.starts, seed=config.seed)
+        choose_starts(
+            dataset, offset=offset, context=context, count=config.starts, seed=config.seed, latest=config.latest
+        )
         for offset in config.offsets
     ]
     agents: dict[str, tuple[Agent, PlannerConfig, str]] = {
@@ -106,6 +110,7 @@ def evaluate_planning(config: PlanConfig) -> Path:
             weights_sha256(first),
         )
     outcomes: dict[str, list[list[Outcome]]] = {}
+    stage = Stage(dataset)
     budgets = [round(config.budget * offset) for offset in config.offsets]
     total = len(agents) * config.planner_seeds * sum(budgets)
     with progress(f"plan {dataset.spec.name}", total) as task:
@@ -127,6 +132,7 @@ def evaluate_planning(config: PlanConfig) -> Path:
                             agent,
                             cache,
                             starts,
+                            stage.at(starts),
                             planner=planner,
                             loop=config.loop,
                             context=context,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -32,13 +33,18 @@ class Starts:
         return self.index[:, 0]
 
 
-def choose_starts(dataset: Dataset, *, offset: int, context: int, count: int, seed: int) -> Starts:
-    """Draw `count` starts evenly over the test episodes; those whose goal is reached already are replaced.
+def choose_starts(
+    dataset: Dataset, *, offset: int, context: int, count: int, seed: int, latest: int | None = None
+) -> Starts:
+    """Draw `count` starts evenly over the test episodes, none after the frame `latest`; those whose goal is reached
+    already are replaced.
 
     Raises:
         WorldlineError: the test episodes do not hold that many.
     """
     room = {e: dataset.lengths[e] - offset - context + 1 for e in dataset.split("test")}
+    if latest is not None:
+        room = {e: min(frames, latest - context + 2) for e, frames in room.items()}
     room = {e: frames for e, frames in room.items() if frames > 0}
     rng = rng_for(seed, "planning-starts", offset)
     waiting = {e: (rng.permutation(frames) + context - 1).tolist() for e, frames in room.items()}
@@ -65,19 +71,39 @@ def choose_starts(dataset: Dataset, *, offset: int, context: int, count: int, se
     return Starts(index=np.array(sorted(index)), offset=offset, num_solved=num_solved)
 
 
-def simulator_at(dataset: Dataset, episode: int, start: int) -> Simulator:
-    """Return the dataset's simulator, led to a frame of an episode by its seed and its recorded actions.
+class Stage:
+    """Simulators put at starts, as often as one likes. Making them and leading them there takes longer than acting."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self._simulators: list[Simulator] = []
+        self._moments: dict[tuple[int, int], Any] = {}
+
+    def at(self, starts: Starts) -> list[Simulator]:
+        """Return simulators at these starts: always the same ones, so that the last starts' are gone.
+
+        Raises:
+            WorldlineError: as `lead`.
+        """
+        while len(self._simulators) < len(starts.index):
+            self._simulators.append(_simulator_of(self._dataset))
+        chosen = self._simulators[: len(starts.index)]
+        for simulator, (episode, start) in zip(chosen, starts.index.tolist(), strict=True):
+            if (episode, start) in self._moments:
+                simulator.load(self._moments[episode, start])
+            else:
+                lead(simulator, self._dataset, episode, start)
+                self._moments[episode, start] = simulator.save()
+        return chosen
+
+
+def lead(simulator: Simulator, dataset: Dataset, episode: int, start: int) -> None:
+    """Lead the dataset's simulator to a frame of an episode by its seed and its recorded actions.
 
     Raises:
-        WorldlineError: the dataset was not collected here, or this simulator does not repeat it.
+        WorldlineError: the simulator does not repeat the episode.
     """
-    collect = read_json(dataset.path / SIDECAR).get("collect") if (dataset.path / SIDECAR).exists() else None
-    if not collect:
-        raise WorldlineError(
-            f"{dataset.path}: planning acts in the simulator that made the data, and this dataset does not say how it "
-            "was made; use one of `worldline collect`"
-        )
-    simulator = make_simulator(collect["env"], dataset.spec.image_size)
+    collect = _collected(dataset)
     observation = simulator.reset(seed_for(seed_for(collect["env"], collect["seed"], "episode", episode), "reset"))
     for action in dataset.actions(episode)[:start]:
         observation = simulator.step(action)
@@ -87,4 +113,23 @@ def simulator_at(dataset: Dataset, episode: int, start: int) -> Simulator:
             f"{dataset.path}: the simulator does not repeat episode {episode}: at frame {start} it is at "
             f"{observation.state.tolist()}, recorded was {recorded.tolist()}; collect the data again with this version"
         )
-    return simulator
+
+
+def _simulator_of(dataset: Dataset) -> Simulator:
+    return make_simulator(_collected(dataset)["env"], dataset.spec.image_size)
+
+
+def _collected(dataset: Dataset) -> dict[str, Any]:
+    """
+    Raises:
+        WorldlineError: the dataset was not collected here.
+    """
+    collect: dict[str, Any] | None = None
+    if (dataset.path / SIDECAR).exists():
+        collect = read_json(dataset.path / SIDECAR).get("collect")
+    if not collect:
+        raise WorldlineError(
+            f"{dataset.path}: planning acts in the simulator that made the data, and this dataset does not say how it "
+            "was made; use one of `worldline collect`"
+        )
+    return collect
