@@ -1,6 +1,7 @@
 """The grid of trainings, for real: what it refuses, that its figures are the runs' own, that a failure is told."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -100,7 +101,10 @@ def test_a_grid_is_trained_once_and_told_in_full(tmp_path: Path, monkeypatch: py
     for text in (report.read_text(), Path("docs/published.md").read_text()):
         assert "two_room broken 0: training stopped at step" in text
         assert f"| lewm | {lewm['hri']['value']:.2f}" in text
-    assert Path("docs/published-frontier.svg").read_text().startswith("<svg")
+    published = Path("docs/published.md").read_text()
+    assert "`edge`: not yet measured" in published
+    (frontier,) = re.findall(r"\]\((.*frontier\.svg)\)", published)
+    assert Path("docs", frontier).read_text().startswith("<svg")
 
     kept = {path: path.read_text() for path in Path("reports/ablate").rglob("*.json")}
     assert {path.name for path in kept} == {"costs.json", "ours-0.json", "lewm-0.json"}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from worldline.bench.ablate_report import collect_evidence, summarise, write_report
+from worldline.bench.results_page import write_page
 from worldline.cli import configure
 from worldline.core.errors import WorldlineError, require_at_least
 from worldline.core.files import read_json, write_json
@@ -65,7 +66,7 @@ class AblateConfig:
     reports: str = "reports"
     """Where `NAME/` and `DATE-NAME/` are written."""
     publish: str | None = None
-    """Where the report is written as well, with its figures beside it."""
+    """A page to write from the newest reports, this one among them."""
 
     def __post_init__(self) -> None:
         require_at_least(self, {"seeds": 1, "term_seeds": 0, "workers": 1}, "ablate: ")
@@ -159,8 +160,7 @@ def run(config: AblateConfig) -> Path:
     write_result(folder / "result.json", "ablate", figures, {})
     report = write_report(folder, read_json(folder / "result.json"))
     if config.publish:
-        published = Path(config.publish)
-        write_report(published.parent, read_json(folder / "result.json"), published.name)
+        write_page(Path(config.publish), Path(config.reports))
     return report
 
 

@@ -165,16 +165,15 @@ def _correlation(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def write_report(folder: Path, result: dict[str, Any], name: str = "report.md") -> Path:
+def write_report(folder: Path, result: dict[str, Any]) -> Path:
     """Write the report and its pictures from `result.json` alone; return the report's path."""
     from worldline.bench.ablate_figures import draw
 
     pictures = draw(result)
-    stem = Path(name).stem
     for title, svg in pictures.items():
-        write_bytes(folder / f"{stem}-{title}.svg", svg.encode())
-    path = folder / name
-    write_bytes(path, "\n".join(_lines(result, [f"{stem}-{title}.svg" for title in pictures])).encode())
+        write_bytes(folder / f"{title}.svg", svg.encode())
+    path = folder / "report.md"
+    write_bytes(path, "\n".join(_lines(result, [f"{title}.svg" for title in pictures])).encode())
     return path
 
 
