@@ -48,6 +48,22 @@ def test_any_simulator_is_branched_by_save_and_load() -> None:
     assert (states[0] != states[1]).any()
 
 
+@pytest.mark.parametrize("name", ["reacher", "point_mass"])
+def test_mujoco_runs_ahead_as_the_simulator_itself_would(name: str) -> None:
+    try:
+        simulator = make_simulator(name)
+    except WorldlineError as missing:
+        pytest.skip(str(missing))
+    simulator.reset(3)
+    rng = np.random.default_rng(0)
+    for action in rng.uniform(-1.2, 1.2, (30, 2)).astype(np.float32):
+        simulator.step(action)
+    actions = np.repeat(rng.uniform(-1.3, 1.3, (3, 8, 2)), 5, axis=1).astype(np.float32)
+    states = futures_of(name)(simulator, actions)
+    assert np.abs(states - any_futures(simulator, actions)).max() < 1e-6  # which are float32
+    assert np.abs(states[0, -1] - states[1, -1]).max() > 0.01
+
+
 def test_every_simulator_has_a_criterion_for_every_factor() -> None:
     assert set(TOLERANCES) == set(NAMES)
     for name in NAMES:

@@ -61,6 +61,17 @@ class _SuiteWorld:
         mj_step1(self._physics.model.ptr, self._physics.data.ptr)  # a step begins where this half of the last one ended
         return self._observe()
 
+    def futures(self, actions: Float32[np.ndarray, "n t a"]) -> Float64[np.ndarray, "n t s"]:
+        """Return the states that each row of actions would lead through. Nothing moves and nothing is drawn."""
+        from mujoco import MjData, mjtState, rollout
+
+        model, now = self._physics.model.ptr, self._physics.get_state(sig=mjtState.mjSTATE_FULLPHYSICS)
+        controls = self._controls(np.clip(actions.astype(np.float64), -1.0, 1.0))
+        guess = self._physics.data.qacc_warmstart[None].copy()
+        rows, _ = rollout.rollout(model, MjData(model), now[None], controls, initial_warmstart=guess)
+        places = rows[..., 1:]  # behind the time
+        return self._states(places[..., : model.nq], places[..., model.nq : model.nq + model.nv])
+
     def _observe(self) -> Observation:
         return Observation(self._screen.draw(self._physics.data.ptr), self._state().astype(np.float32))
 
@@ -68,11 +79,17 @@ class _SuiteWorld:
         x, y = self._physics.named.data.geom_xpos[geom, :2]
         return x, -y
 
-    def _controls(self, action: Float64[np.ndarray, " a"]) -> Float64[np.ndarray, " a"]:
+    def _controls(self, action: Float64[np.ndarray, "*n a"]) -> Float64[np.ndarray, "*n a"]:
         """Turn an action into what the motors are told."""
         raise NotImplementedError
 
     def _state(self) -> Float64[np.ndarray, " s"]:
+        raise NotImplementedError
+
+    def _states(
+        self, qpos: Float64[np.ndarray, "n t q"], qvel: Float64[np.ndarray, "n t q"]
+    ) -> Float64[np.ndarray, "n t s"]:
+        """Return what `_state` would be at other places and speeds."""
         raise NotImplementedError
 
     def _draw_goal(self, rng: np.random.Generator) -> Float64[np.ndarray, " 2"]:
@@ -113,13 +130,25 @@ class Reacher(_SuiteWorld):
     def __init__(self, image_size: int | None = None) -> None:
         super().__init__("reacher", "Reacher", {"target_size": 0.015}, image_size)
 
-    def _controls(self, action: Float64[np.ndarray, " a"]) -> Float64[np.ndarray, " a"]:
+    def _controls(self, action: Float64[np.ndarray, "*n a"]) -> Float64[np.ndarray, "*n a"]:
         return action
 
     def _state(self) -> Float64[np.ndarray, " s"]:
         shoulder, wrist = self._physics.data.qpos
         angles = (np.sin(shoulder), np.cos(shoulder), np.sin(wrist), np.cos(wrist))
         return np.array([*angles, *self._place("target"), *self._place("finger"), *self._physics.data.qvel])
+
+    def _states(
+        self, qpos: Float64[np.ndarray, "n t q"], qvel: Float64[np.ndarray, "n t q"]
+    ) -> Float64[np.ndarray, "n t s"]:
+        model, (shoulder, wrist) = self._physics.named.model, np.moveaxis(qpos, -1, 0)
+        arm = model.body_pos["hand", "x"]
+        hand = model.body_pos["finger", "x"] + model.geom_pos["finger", "x"]
+        x = arm * np.cos(shoulder) + hand * np.cos(shoulder + wrist)
+        y = arm * np.sin(shoulder) + hand * np.sin(shoulder + wrist)
+        target = (np.full_like(x, value) for value in self._place("target"))
+        angles = (np.sin(shoulder), np.cos(shoulder), np.sin(wrist), np.cos(wrist))
+        return np.concatenate((np.stack([*angles, *target, x, -y], axis=-1), qvel), axis=-1)
 
     def _draw_goal(self, rng: np.random.Generator) -> Float64[np.ndarray, " 2"]:
         shoulder, wrist = rng.uniform((-np.pi, -3.6), (np.pi, 3.6))
@@ -150,12 +179,17 @@ class PointMass(_SuiteWorld):
     def __init__(self, image_size: int | None = None) -> None:
         super().__init__("point_mass", "PointMass", {"randomize_gains": False}, image_size)
 
-    def _controls(self, action: Float64[np.ndarray, " a"]) -> Float64[np.ndarray, " a"]:
+    def _controls(self, action: Float64[np.ndarray, "*n a"]) -> Float64[np.ndarray, "*n a"]:
         return action * (1.0, -1.0)
 
     def _state(self) -> Float64[np.ndarray, " s"]:
         vx, vy = self._physics.data.qvel
         return np.array([*self._place("pointmass"), vx, -vy])
+
+    def _states(
+        self, qpos: Float64[np.ndarray, "n t q"], qvel: Float64[np.ndarray, "n t q"]
+    ) -> Float64[np.ndarray, "n t s"]:
+        return np.concatenate((qpos, qvel), axis=-1) * (1.0, -1.0, 1.0, -1.0)
 
     def _draw_goal(self, rng: np.random.Generator) -> Float64[np.ndarray, " 2"]:
         return rng.uniform(-0.29, 0.29, 2)

@@ -60,8 +60,13 @@ class OracleCost:
 
 
 def futures_of(name: str) -> Futures:
-    """Return what branches the simulator called `name`: fast for two_room and PushT, by save and load for others."""
-    special: dict[str, Callable[[], Futures]] = {"two_room": lambda: two_room_futures, "pusht": PushTFutures}
+    """Return what branches the simulator called `name`: fast but for ViZDoom, which is saved and loaded."""
+    special: dict[str, Callable[[], Futures]] = {
+        "two_room": lambda: two_room_futures,
+        "pusht": PushTFutures,
+        "reacher": lambda: control_suite_futures,
+        "point_mass": lambda: control_suite_futures,
+    }
     return special[name]() if name in special else any_futures
 
 
@@ -73,6 +78,12 @@ def any_futures(simulator: Simulator, actions: Float32[np.ndarray, "n t a"]) -> 
         states.append([simulator.step(action).state for action in sequence])
     simulator.load(moment)
     return np.array(states)
+
+
+def control_suite_futures(simulator: Any, actions: Float32[np.ndarray, "n t a"]) -> Float64[np.ndarray, "n t s"]:
+    """Let MuJoCo run all candidates, without a picture."""
+    states: np.ndarray = simulator.futures(actions)
+    return states
 
 
 def two_room_futures(
