@@ -143,7 +143,7 @@ def _configure(command: Command, paths: list[str], overrides: list[str]) -> Any:
     from worldline.config import build, did_you_mean, flatten
 
     known = flatten(_compose(command, []))
-    groups = _groups(command)
+    groups, spelled = _groups(command), _spelled(command)
     hydra_overrides, fixed = [], {}
     for word in overrides:
         key, value = word.split("=", 1)
@@ -156,7 +156,7 @@ def _configure(command: Command, paths: list[str], overrides: list[str]) -> Any:
                 )
             fixed[key] = value
         elif key in groups or key in known or any(name.startswith(f"{key}.") for name in known):
-            hydra_overrides.append(f"{key}={value}")
+            hydra_overrides.append(f"{spelled.get(key, key)}={value}")
         else:
             near = did_you_mean(key, [*groups, *known])
             raise WorldlineError(f"{command.name}: unknown option {key!r}{near} (see worldline {command.name} --help)")
@@ -193,7 +193,7 @@ def _compose(command: Command, overrides: list[str], fixed: Mapping[str, str] | 
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose(_file_stem(command), overrides, return_hydra_config=True)
-        chosen = dict(composed.hydra.runtime.choices)
+        chosen = {name.rsplit("@", 1)[-1]: preset for name, preset in composed.hydra.runtime.choices.items()}
         # For default places: ${name:PATH} is the last part of a path, ${preset:GROUP} the preset chosen from a group.
         OmegaConf.register_new_resolver("name", lambda path: Path(path).resolve().name, replace=True)
         OmegaConf.register_new_resolver("preset", lambda group: chosen[group], replace=True)
@@ -234,12 +234,18 @@ def _file_stem(command: Command) -> str:
 
 def _groups(command: Command) -> dict[str, list[str]]:
     """Return the presets that can be chosen: name of the group -> names of its files."""
+    folders = {name: spelled.split("@")[0] for name, spelled in _spelled(command).items()}
+    return {name: sorted(file.stem for file in (CONF / folder).glob("*.yaml")) for name, folder in folders.items()}
+
+
+def _spelled(command: Command) -> dict[str, str]:
+    """Return how Hydra spells each group: its folder and, where the options go elsewhere, FOLDER@OPTION."""
     from omegaconf import OmegaConf
 
     listed = OmegaConf.to_container(OmegaConf.load(CONF / f"{_file_stem(command)}.yaml"))
     assert isinstance(listed, dict)
     names = [next(iter(entry)) for entry in listed["defaults"] if isinstance(entry, dict)]
-    return {name: sorted(file.stem for file in (CONF / name).glob("*.yaml")) for name in names}
+    return {name.rsplit("@", 1)[-1]: name for name in names}
 
 
 # Help

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -106,6 +107,28 @@ def _train(config: Any, flags: set[str]) -> int:
     add_starts(path)
     wrote(path, started)
     print(f"next: worldline evaluate {path}")
+    return 0
+
+
+def _pretrain(config: Any, flags: set[str]) -> int:
+    started = time.monotonic()
+    if config.ray.workers:
+        from worldline.train.ray import launch
+
+        path = launch(config)
+    else:
+        from worldline.train.pretrain import pretrain
+
+        path = pretrain(config)
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts this in every rank
+        wrote(path, started)
+    return 0
+
+
+def _plan_memory(config: Any, flags: set[str]) -> int:
+    from worldline.train.memory import plan_memory, report
+
+    print(report(config, plan_memory(config)))
     return 0
 
 
@@ -448,6 +471,44 @@ COMMANDS: dict[str, Command] = {
             run=_train,
             config="worldline.train.config:TrainConfig",
             kept="The last checkpoint stays in {path}; the same command goes on from there.",
+        ),
+        Command(
+            name="pretrain",
+            summary="a video encoder from clips without actions, masked; on one process or many",
+            about="""
+            Hides blocks of each clip and learns to tell their features from what is left (V-JEPA), or holds features
+            apart by SIGReg. The same command runs as a plain process, under torchrun with any number of ranks (FSDP2),
+            or on the workers of a Ray cluster (ray.workers=N). A run that is stopped, killed, or given another number
+            of ranks goes on with the same clips in the same order; batches.jsonl is the proof. What could not be read
+            is listed in lost.jsonl and never replaced.
+            """,
+            examples=(
+                ("worldline pretrain clips/k400", "vit_tiny on what `worldline ingest` wrote there"),
+                ("torchrun --nproc-per-node=2 --max-restarts=3 -m worldline pretrain clips/k400", "two ranks"),
+                ("worldline pretrain clips/k400 ray.workers=2", "two workers of Ray, started again if one dies"),
+                ("worldline pretrain clips/k400 model=vit_base parallel.checkpointing=true", "a larger one"),
+            ),
+            run=_pretrain,
+            config="worldline.train.pretrain:PretrainConfig",
+            path="data",
+            path_required=True,
+            kept="The last whole checkpoint stays in {path}; the same command goes on from there.",
+        ),
+        Command(
+            name="plan-memory",
+            summary="what a rank of a pre-training needs, and the settings that fit into its GPU",
+            about="""
+            Does an update of one rank on tensors that have shapes and no bytes, by the code that trains, and counts
+            what would be alive at the worst moment: parameters, averaged encoder, optimiser, gradients, gathered
+            blocks, activations. Says how many clips a rank fit with and without checkpointing and offloading. Needs no
+            GPU.
+            """,
+            examples=(
+                ("worldline plan-memory model=vit_huge gpus=4 memory_gb=24", "ViT-Huge on four consumer GPUs"),
+                ("worldline plan-memory model=vit_large gpus=1 memory_gb=24", "and ViT-Large on one"),
+            ),
+            run=_plan_memory,
+            config="worldline.train.memory:PlanMemoryConfig",
         ),
         Command(
             name="references",

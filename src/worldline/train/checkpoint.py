@@ -14,11 +14,11 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -29,7 +29,7 @@ from worldline.core.files import atomic_path, fsync_directory, read_json, sha256
 from worldline.core.result import provenance
 from worldline.model.checkpoint import write_world
 from worldline.model.world import World
-from worldline.train.config import TrainConfig, differing_options, with_defaults
+from worldline.train.config import differing_options, with_defaults
 
 RUN, METRICS, TIMING, RESULT = "run.json", "metrics.jsonl", "timing.jsonl", "result.json"
 TRAINING, TENSORS = "training.json", "training.safetensors"
@@ -49,11 +49,26 @@ class Saved:
     """Optimiser state, and weights that the kept world does not show."""
 
 
+@runtime_checkable
+class RunConfig(Protocol):
+    """Options of a run, `TrainConfig` for example."""
+
+    @property
+    def path(self) -> Path: ...
+    def to_json(self) -> dict[str, Any]: ...
+
+
 @contextmanager
-def open_run(config: TrainConfig, fingerprint: str) -> Iterator[bool]:
+def open_run(
+    config: RunConfig,
+    fingerprint: str,
+    free: tuple[str, ...] = _FREE,
+    fill: Callable[[dict[str, Any]], dict[str, Any]] = with_defaults,
+) -> Iterator[bool]:
     """Take hold of a run directory, new or unfinished; yield True if it is finished already and must be left alone.
 
-    A new one stays empty until `record_run`, so that whatever is refused before leaves nothing behind.
+    `free` options may differ from those it was begun with, and `fill` gives a stored config the options that came
+    later. A new one stays empty until `record_run`, so that whatever is refused before leaves nothing behind.
 
     Raises:
         WorldlineError: the directory belongs to something else, to a run with other options or data, or another
@@ -64,17 +79,20 @@ def open_run(config: TrainConfig, fingerprint: str) -> Iterator[bool]:
     if path.exists() and not (path / RUN).exists() and any(not p.name.startswith(ours) for p in path.iterdir()):
         raise WorldlineError(f"{path} holds other files; choose an empty place with path=...")
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / ".lock", "w") as lock:  # the system lets go of it however the process ends
+    with open(path / ".lock", "a+") as lock:  # the system lets go of it however the process ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise WorldlineError(f"{path}: another process is training this run; wait for it, or stop it") from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
         if (path / RUN).exists():
-            _check_same(path, config, fingerprint)
+            _check_same(config, fingerprint, free, fill)
         yield (path / RESULT).exists()
 
 
-def record_run(config: TrainConfig, fingerprint: str) -> None:
+def record_run(config: RunConfig, fingerprint: str) -> None:
     """Write what the run is, unless it goes on with one."""
     if not (config.path / RUN).exists():
         record = {"format": _FORMAT, "config": config.to_json(), "data": fingerprint, "provenance": provenance()}
@@ -160,12 +178,18 @@ def truncate_lines(path: Path, step: int) -> None:
         temporary.write_bytes(b"".join(kept))
 
 
-def _check_same(path: Path, config: TrainConfig, fingerprint: str) -> None:
+def _check_same(
+    config: RunConfig,
+    fingerprint: str,
+    free: tuple[str, ...],
+    fill: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    path = config.path
     record = read_json(path / RUN)
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise WorldlineError(f"{path / RUN} is not a run of worldline; choose another place with path=...")
-    before, now = with_defaults(record["config"]), config.to_json()
-    for name in _FREE:
+    before, now = fill(record["config"]), config.to_json()
+    for name in free:
         before.pop(name, None)
         now.pop(name, None)
     state = "a finished" if (path / RESULT).exists() else "an unfinished"

@@ -6,13 +6,12 @@ Shape legend: b batch, t steps, d latent, a action, g groups, n samples, h w pic
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.nn.functional import all_reduce
 
 from worldline.train.characteristic import characteristic
 
@@ -148,7 +147,26 @@ def sigreg(
 
 def _over_ranks(means: Tensor) -> Tensor:
     """Average means of equally many samples over all ranks, differentiably."""
-    return all_reduce(means) / _ranks() if _ranks() > 1 else means  # type: ignore[no-untyped-call]
+    if _ranks() == 1:
+        return means
+    total: Tensor = _SumOverRanks.apply(means)  # type: ignore[no-untyped-call]
+    return total / _ranks()
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Every rank has the sum, so that a rank's part is in all of their losses: its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
 
 
 def _ranks() -> int:

@@ -1,0 +1,173 @@
+"""What an update of masked pre-training computes: predicted features of hidden tubelets against a target's.
+
+Shape legend: b clips, n tokens of a clip, k kept, m hidden, e width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from worldline.core.errors import require_at_least
+from worldline.core.seeding import seed_for
+from worldline.model.video import MaskedVideo, VideoConfig, VideoEncoder
+from worldline.train.feed import Batch
+from worldline.train.losses import sigreg, warmup_cosine
+from worldline.train.masks import MaskConfig, masks
+from worldline.train.parallel import ParallelConfig, Ranks, follow, parallelize, synchronise_gradients
+from worldline.train.shards import Shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+    """The optimisation of a masked pre-training."""
+
+    steps: int = 10_000
+    """Updates."""
+    target: Literal["ema", "sigreg"] = "ema"
+    """What is predicted: features of an averaged encoder (V-JEPA), or the encoder's own, held apart by SIGReg (LeJEPA)."""
+    ema: float = 0.998
+    """What the averaged encoder keeps of itself an update; rises evenly to 1 at the last."""
+    sigreg: float = 0.05
+    """Weight of SIGReg, on the mean features of each time step (target=sigreg only)."""
+    projections: int = 256
+    """Directions that SIGReg looks along."""
+    lr: float = 1e-3
+    """Highest learning rate."""
+    lr_end: float = 0.01
+    """The last learning rate over the highest; half a cosine leads there."""
+    warmup: int = 200
+    """Updates in which the learning rate rises."""
+    weight_decay: float = 0.04
+    """Of matrices; norms and biases are not decayed."""
+    clip: float = 1.0
+    """Largest norm of a gradient."""
+    bfloat16: bool = True
+    """Compute in bfloat16; weights, optimiser and sums over ranks stay float32."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, {"steps": 1, "warmup": 0, "projections": 1}, "learner.")
+
+
+class Learner:
+    """Model, target and optimiser, spread over the ranks."""
+
+    def __init__(
+        self,
+        model: VideoConfig,
+        mask: MaskConfig,
+        config: LearnerConfig,
+        parallel: ParallelConfig,
+        ranks: Ranks,
+        *,
+        seed: int,
+        device: str,
+    ) -> None:
+        self.config, self._mask, self._parallel, self._grid = config, mask, parallel, model.grid
+        self._seed, self._device = seed, device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(seed, "weights"))  # every rank makes all weights and keeps its part
+            whole = MaskedVideo(model)
+            averaged = VideoEncoder(model).requires_grad_(False) if config.target == "ema" else None
+        if averaged is not None:
+            averaged.load_state_dict(whole.encoder.state_dict())
+        self.num_parameters = sum(p.numel() for p in whole.parameters())
+        how = {"device": device, "bfloat16": config.bfloat16}
+        self.model = parallelize(whole, ranks.mesh, parallel, **how)
+        self.target = None if averaged is None else parallelize(averaged, ranks.mesh, parallel, **how)
+        groups = [
+            {"params": [p for p in self.model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+
+    @property
+    def kept_encoder(self) -> nn.Module:
+        """The encoder that a finished run hands over: the averaged one where there is one."""
+        encoder = self.model.encoder if self.target is None else self.target
+        assert isinstance(encoder, nn.Module)
+        return encoder
+
+    def update(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Do one update; return this rank's loss and the gradient's norm over all ranks, before clipping."""
+        config, step = self.config, batch.step
+        factor = warmup_cosine(step, steps=config.steps, warmup=config.warmup, end=config.lr_end)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * factor
+        loss = self.gradients(batch)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.target is not None:
+            decay = 1.0 - (1.0 - config.ema) * (1.0 - step / config.steps)
+            follow(self.target, self.model.encoder, decay)
+        return loss, norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def gradients(self, batch: Batch) -> Tensor:
+        """Add up gradients of the mean loss over the clips of all ranks; return this rank's mean loss."""
+        kinds = len(self._mask.block)
+        places = [masks(self._mask, kind, self._grid, batch.ids, batch.step, self._seed) for kind in range(kinds)]
+        total = torch.zeros((), device=self._device)
+        parts = np.array_split(np.arange(len(batch.ids)), self._parallel.accumulate)
+        for i, part in enumerate(parts):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            clips, weight = batch.clips[rows], batch.weight[rows]
+            features = self._target_features(clips)
+            for kind, (kept, hidden) in enumerate(places):
+                synchronise_gradients(self.model, i + 1 == len(parts) and kind + 1 == kinds)
+                tokens = [torch.from_numpy(place[rows]).to(self._device) for place in (kept, hidden)]
+                loss = self._loss(clips, weight, *tokens, features, (batch.step, i, kind))
+                share = loss * len(part) / (len(batch.ids) * kinds)
+                share.backward()
+                total += share.detach()
+        return total
+
+    def save(self, shards: Shards, step: int) -> None:
+        shards.save(step, self._parts(), self.optimizer)
+
+    def restore(self, shards: Shards) -> int:
+        """Go back to the last checkpoint; return its step, 0 without one."""
+        return shards.load(self._parts(), self.optimizer)
+
+    def _parts(self) -> dict[str, nn.Module]:
+        return {"model": self.model} | ({} if self.target is None else {"target": self.target})
+
+    @torch.no_grad()
+    def _target_features(self, clips: Tensor) -> Tensor | None:
+        if self.target is None:
+            return None
+        with torch.autocast(self._device, torch.bfloat16, enabled=self.config.bfloat16):
+            features = self.target(clips)
+        return F.layer_norm(features.float(), features.shape[-1:])
+
+    def _loss(
+        self,
+        clips: Tensor,
+        weight: Float[Tensor, " b"],
+        kept: Int64[Tensor, "b k"],
+        hidden: Int64[Tensor, "b m"],
+        features: Float[Tensor, "b n e"] | None,
+        key: tuple[int, int, int],
+    ) -> Float[Tensor, ""]:
+        """Return the mean over clips of |told - target| over hidden tokens; a lost clip counts as 0.
+
+        Source: V-JEPA, arXiv 2404.08471, eq. 1; with SIGReg squared, as LeJEPA, arXiv 2511.08544.
+        """
+        with torch.autocast(self._device, torch.bfloat16, enabled=self.config.bfloat16):
+            told, own = self.model(clips, kept, hidden, features is None)
+        target = (own if features is None else features).float()
+        gap = told.float() - target.gather(1, hidden[..., None].expand(-1, -1, target.shape[-1]))
+        if features is not None:
+            return (gap.abs().mean(dim=(1, 2)) * weight).mean()
+        prediction = (gap.square().mean(dim=(1, 2)) * weight).mean()
+        times = target.unflatten(1, (self._grid[0], -1)).mean(dim=2).transpose(0, 1)  # (t, b, e)
+        generator = torch.Generator().manual_seed(seed_for(self._seed, "sigreg", *key))
+        return prediction + self.config.sigreg * sigreg(times, generator, projections=self.config.projections)
+
+

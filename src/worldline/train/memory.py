@@ -1,0 +1,298 @@
+"""How much memory a rank of a masked pre-training needs: its updates done on tensors that have shapes and no bytes.
+
+What is counted is every byte that a tensor of the rank holds, at the worst moment of an update. What a GPU adds, its
+context, the libraries' workspaces, and holes between blocks, is not: that is what `reserve_gb` is for.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from worldline.core.errors import WorldlineError, require_at_least
+from worldline.model.video import MaskedVideo, VideoConfig
+from worldline.train.feed import Batch
+from worldline.train.learner import Learner, LearnerConfig
+from worldline.train.masks import MaskConfig
+from worldline.train.parallel import ParallelConfig, Ranks, local
+
+GB = 1e9
+_LARGEST = 1024
+"""Clips a rank beyond which nobody looks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanMemoryConfig:
+    """A model and the GPUs that it shall be pre-trained on."""
+
+    model: VideoConfig = field(default_factory=VideoConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    gpus: int = 4
+    """Ranks that parameters, gradients and optimiser are spread over."""
+    memory_gb: float = 24.0
+    """Memory of each, 1e9 bytes."""
+    reserve_gb: float = 2.0
+    """Kept free for what no tensor holds: context, workspaces, communication, holes. Assumed, not measured."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, {"gpus": 1})
+        if not 0.0 <= self.reserve_gb < self.memory_gb:
+            raise WorldlineError(f"reserve_gb must be less than memory_gb {self.memory_gb:g}, got {self.reserve_gb:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes of one rank at the worst moment of an update."""
+
+    parameters: int
+    """Float32 weights, this rank's part, the averaged encoder's apart."""
+    average: int
+    optimizer: int
+    gradients: int
+    gathered: int
+    """Weights of the blocks at work, whole."""
+    activations: int
+    """All else: what the backward pass wants, and what an operation needs while it runs."""
+
+    @property
+    def total(self) -> int:
+        return self.kept + self.gathered + self.activations
+
+    @property
+    def kept(self) -> int:
+        """What offloading moves to the host."""
+        return self.parameters + self.average + self.optimizer + self.gradients
+
+    def on_device(self, offload: bool) -> int:
+        return self.total - (self.kept if offload else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Settings, and the most clips a rank that fit with them; 0 if not even one does."""
+
+    checkpointing: bool
+    offload: bool
+    clips: int
+    need: Need
+    """With that many clips, or with one if none fits."""
+
+
+def plan_memory(config: PlanMemoryConfig) -> list[Choice]:
+    """Find the most clips a rank that fit into memory, with and without checkpointing and offloading."""
+    room = (config.memory_gb - config.reserve_gb) * GB
+    found = []
+    for checkpointing in (False, True):
+        needs: dict[int, Need] = {}
+
+        def need(clips: int, checkpointing: bool = checkpointing, needs: dict[int, Need] = needs) -> Need:
+            if clips not in needs:
+                parallel = ParallelConfig(checkpointing=checkpointing)
+                needs[clips] = rank_needs(config.model, config.mask, config.learner, parallel, config.gpus, clips)
+            return needs[clips]
+
+        for offload in (False, True):
+            one, two = (need(clips).on_device(offload) for clips in (1, 2))
+            # bytes grow evenly with clips; what the line says is then looked at
+            clips = min(_LARGEST, int(1 + (room - one) // max(1, two - one))) if one <= room else 0
+            while clips and need(clips).on_device(offload) > room:
+                clips -= 1
+            choice = Choice(checkpointing=checkpointing, offload=offload, clips=clips, need=need(max(1, clips)))
+            found.append(choice)
+    return found
+
+
+def rank_needs(
+    model: VideoConfig, mask: MaskConfig, learner: LearnerConfig, parallel: ParallelConfig, ranks: int, clips: int
+) -> Need:
+    """Do an update of one rank of several on tensors without bytes, by the very code that trains, and count.
+
+    Raises:
+        WorldlineError: this process belongs to a process group already.
+    """
+    with _pretended(ranks) as us, FakeTensorMode(allow_non_fake_inputs=True):
+        learning = Learner(model, mask, learner, parallel, us, seed=0, device="cpu")
+        shape = (clips, model.frames, model.image_size, model.image_size, 3)
+        batch = Batch(
+            0, np.arange(clips), torch.zeros(shape, dtype=torch.uint8), torch.ones(clips), lost=(), read_seconds=0.0
+        )
+        return count_update(learning, batch)
+
+
+def count_update(learning: Learner, batch: Batch) -> Need:
+    """Do an update and return what it held at its worst moment, the optimiser's state being there already."""
+    for parameter in learning.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    learning.optimizer.step()
+    learning.optimizer.zero_grad(set_to_none=True)
+    with Counter() as counter:
+        counter.own("parameters", learning.model.parameters())
+        counter.own("average", [] if learning.target is None else learning.target.parameters())
+        states = learning.optimizer.state.values()
+        counter.own("optimizer", [value for state in states for value in state.values()])
+        counter.own("activations", [batch.clips, batch.weight, *learning.model.buffers()])
+        if learning.target is not None:
+            counter.own("activations", learning.target.buffers())
+        with counter.gradients_of(learning.model):
+            learning.update(batch)
+    return Need(**counter.worst)
+
+
+class Counter(TorchDispatchMode):
+    """Count the bytes of all tensors that are alive, by what they are for, and remember the worst moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("parameters", "average", "optimizer", "gradients", "gathered", "activations")
+        self.now = dict.fromkeys(names, 0)
+        self.worst = dict(self.now)
+        self._most = 0
+        self._alive: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+
+    def __enter__(self) -> Counter:
+        self._resize = torch.UntypedStorage.resize_
+        counter = self
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:  # how FSDP lets go of gathered weights
+            done = counter._resize(storage, size)
+            counter._set("gathered", storage)
+            return done
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # comes again for the tensors inside
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in self._alive:
+                self._set("activations", leaf.untyped_storage())
+        return result
+
+    def own(self, name: str, tensors: Any) -> None:
+        """Count tensors that were there before, or count known ones under another name."""
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                self._set(name, local(tensor.detach()).untyped_storage())
+
+    @contextmanager
+    def gradients_of(self, model: nn.Module) -> Iterator[None]:
+        """Know gradients by their parameters, as soon as they are there."""
+
+        def arrived(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                self.own("gradients", [parameter.grad])
+
+        hooks = [p.register_post_accumulate_grad_hook(arrived) for p in model.parameters()]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+    def _set(self, name: str, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._alive:
+            _, before, size = self._alive[key]
+            self.now[before] -= size
+        size = storage.nbytes()
+        self._alive[key] = (weakref.ref(storage, lambda _: self._forget(key)), name, size)
+        self.now[name] += size
+        if (total := sum(self.now.values())) > self._most:
+            self._most, self.worst = total, dict(self.now)
+
+    def _forget(self, key: int) -> None:
+        _, name, size = self._alive.pop(key)
+        self.now[name] -= size
+
+
+def arithmetic(config: PlanMemoryConfig, need: Need) -> list[tuple[str, int, str]]:
+    """Return what a rank holds with one line of arithmetic for each: name, bytes, words."""
+    with torch.device("meta"):
+        whole = MaskedVideo(config.model)
+    weights = sum(p.numel() for p in whole.parameters())
+    encoder = sum(p.numel() for p in whole.encoder.parameters())
+    per = f"/ {config.gpus} ranks" if config.gpus > 1 else "on one rank"
+    times, rows, cols = config.model.grid
+    return [
+        ("parameters", need.parameters, f"4 B x {weights:,} weights {per}"),
+        ("average", need.average, f"4 B x {encoder:,} weights of the encoder {per}"),
+        ("optimizer", need.optimizer, f"8 B x {weights:,} weights {per}"),
+        ("gradients", need.gradients, f"4 B x those of {weights:,} that are there at the worst moment {per}"),
+        ("gathered", need.gathered, "weights of the blocks at work, whole"),
+        ("activations", need.activations, f"{times} x {rows} x {cols} = {times * rows * cols} tokens a clip"),
+    ]
+
+
+def report(config: PlanMemoryConfig, choices: list[Choice]) -> str:
+    """Say which settings fit, and where the bytes of the best of them come from."""
+    best = max(choices, key=lambda choice: (choice.clips > 0, not choice.offload, choice.clips))
+    room = config.memory_gb - config.reserve_gb
+    gpus = "1 GPU" if config.gpus == 1 else f"{config.gpus} GPUs"
+    lines = [
+        f"{gpus} of {config.memory_gb:g} GB, {config.reserve_gb:g} GB kept free: {room:g} GB for a rank's tensors",
+        "",
+        "checkpointing  offload  clips a rank   on the GPU  on the host",
+    ]
+    for choice in choices:
+        device = choice.need.on_device(choice.offload)
+        clips = str(choice.clips) if choice.clips else "none fits"
+        if choice.clips == _LARGEST:
+            clips += " or more"
+        lines.append(
+            f"{_yes(choice.checkpointing):<13}  {_yes(choice.offload):<7}  {clips:<12}  {device / GB:>8.2f} GB  "
+            f"{(choice.need.total - device) / GB:>8.2f} GB"
+        )
+    shown = max(1, best.clips)
+    lines += [
+        "",
+        f"checkpointing {_yes(best.checkpointing)}, offload {_yes(best.offload)}, {shown} clip(s) a rank; where it is:",
+    ]
+    where = ("parameters", "average", "optimizer", "gradients") if best.offload else ()
+    for name, size, words in arithmetic(config, best.need):
+        place = "host" if name in where else "GPU"
+        lines.append(f"  {name:<12} {size / GB:>8.3f} GB  {place:<4}  {words}")
+    if best.clips:
+        options = [f"batch={best.clips * config.gpus}"]
+        options += [f"parallel.{name}=true" for name in ("checkpointing", "offload") if getattr(best, name)]
+        lines += ["", f"options: {' '.join(options)}; a larger batch with parallel.accumulate=N"]
+    return "\n".join(lines)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+@contextmanager
+def _pretended(count: int) -> Iterator[Ranks]:
+    """Be the first of several ranks that are not there."""
+    if count == 1:
+        yield Ranks(0, 1, None, None)
+        return
+    if dist.is_initialized():
+        raise WorldlineError("memory is planned in a process of its own, not in one of several ranks")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield Ranks(0, count, init_device_mesh("cpu", (count,)), None)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,317 @@
+"""Masked pre-training of a video encoder, the same function on one rank and on many.
+
+Everything random is a function of (seed, step, clip), so that a run sees the same clips under the same masks whatever
+the number of ranks, and may change it when it is resumed.
+
+RUN/run.json            what was asked for, and of which clips
+RUN/metrics.jsonl       loss and gradient, means over `log_every` updates
+RUN/batches.jsonl       a line an update: a hash of the ids that all ranks read for it
+RUN/lost.jsonl          a line for each clip that an update should have seen and could not: id, attempts, reason
+RUN/timing.jsonl        speed, and the share of time that updates waited for clips, over ranks and updates
+RUN/checkpoints, last   see `shards.py`
+RUN/encoder.json, encoder.safetensors   the pre-trained encoder, for `load_encoder`
+RUN/result.json         written last: the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from worldline.core.errors import WorldlineError, require_at_least
+from worldline.core.memory import keep_freed_memory
+from worldline.core.progress import progress
+from worldline.core.result import provenance, write_result
+from worldline.data.clips import Clips, open_clips
+from worldline.data.order import Order, batch_hash
+from worldline.model.video import VideoConfig, save_encoder
+from worldline.train.checkpoint import (
+    METRICS,
+    RESULT,
+    TIMING,
+    append_line,
+    flush_to_disk,
+    open_run,
+    record_run,
+    truncate_lines,
+)
+from worldline.train.feed import Batch, Feed, FeedConfig, Lost
+from worldline.train.learner import Learner, LearnerConfig
+from worldline.train.loop import threads
+from worldline.train.masks import MaskConfig
+from worldline.train.parallel import ParallelConfig, Ranks, open_ranks
+from worldline.train.shards import Shards
+
+BATCHES, LOST = "batches.jsonl", "lost.jsonl"
+_FREE = ("path", "data", "threads", "device", "parallel", "feed", "ray", "log_every", "checkpoint_every")
+"""Options that may differ when a run is resumed: where and how, not what."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """Workers of a Ray cluster in place of this process; 0 workers start none."""
+
+    workers: int = 0
+    """Ranks that Ray Train starts, anywhere in its cluster; needs worldline[ray]. The run's path and the clips must be
+    reachable from all of them."""
+    cpus: int = 1
+    """Cores of each."""
+    failures: int = 3
+    """Times that all workers are started again after one has died; they go on from the last checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A masked pre-training run."""
+
+    data: Path
+    """The clips: what `worldline ingest` wrote."""
+    path: Path
+    """The run directory to write. An unfinished run there goes on where it stopped; a finished one is never touched."""
+    model: VideoConfig = field(default_factory=VideoConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    feed: FeedConfig = field(default_factory=FeedConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    batch: int = 32
+    """Clips an update, over all ranks; a multiple of their number times parallel.accumulate."""
+    seed: int = 0
+    """Of the first weights, the order of the clips and all masks."""
+    threads: int = 1
+    """CPU threads of each rank; 0 leaves torch's own choice."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    log_every: int = 20
+    """Updates between two lines of metrics."""
+    checkpoint_every: int = 500
+    """Updates between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, {"batch": 1, "threads": 0, "log_every": 1, "checkpoint_every": 1})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return dict(json.loads(json.dumps(asdict(self), default=str)))
+
+
+class Seen(NamedTuple):
+    """What a rank tells the others of an update."""
+
+    step: int
+    ids: list[int]
+    lost: tuple[Lost, ...]
+    loss: float
+    gradient: float
+    waited: float
+    seconds: float
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Pre-train an encoder and return the run directory, ready for `load_encoder`.
+
+    Called by every rank; alone in a plain process.
+
+    Raises:
+        WorldlineError: clips, run directory or ranks do not fit, or the loss stopped being a finite number.
+    """
+    clips = open_clips(config.data)
+    _check(config, clips)
+    with open_ranks(config.device) as ranks, threads(config.threads), _opened(config, clips, ranks) as finished:
+        if finished:
+            _say(ranks, f"{config.path}: this run is finished already")
+        else:
+            Pretraining(config, clips, ranks).run()
+    return config.path
+
+
+class Pretraining:
+    """A run in progress, as one rank sees it."""
+
+    def __init__(self, config: PretrainConfig, clips: Clips, ranks: Ranks) -> None:
+        parts = ranks.count * config.parallel.accumulate
+        if config.batch % parts:
+            raise WorldlineError(
+                f"batch must be a multiple of ranks x parallel.accumulate, {ranks.count} x "
+                f"{config.parallel.accumulate}, got {config.batch}"
+            )
+        keep_freed_memory()
+        self.config, self.clips, self.ranks = config, clips, ranks
+        self.order = Order(clips.num_clips, batch=config.batch, seed=config.seed)
+        self.learner = Learner(
+            config.model, config.mask, config.learner, config.parallel, ranks, seed=config.seed, device=config.device
+        )
+        self.shards = Shards(config.path, ranks)
+        self.step, self.loss = 0, math.nan
+
+    def run(self) -> None:
+        started, spent = time.monotonic(), time.process_time()
+        self.step = resumed_at = self.learner.restore(self.shards)
+        if self.ranks.rank == 0:
+            for name in (METRICS, TIMING, BATCHES, LOST):
+                truncate_lines(self.config.path / name, self.step)
+        if self.step:
+            _say(self.ranks, f"{self.config.path}: going on from step {self.step} on {self.ranks.count} rank(s)")
+        self._train()
+        self.shards.finish()
+        timing = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - spent}
+        self._finish(timing | {"resumed_at": resumed_at, "ranks": self.ranks.count})
+
+    def _train(self) -> None:
+        config, total = self.config, self.config.learner.steps
+        seen: list[tuple[Batch, Any, Any, float, float]] = []
+        with ExitStack() as stack:
+            task = None
+            if self.ranks.rank == 0:
+                task = stack.enter_context(progress("pretrain", total, self.step))
+            feed = stack.enter_context(
+                Feed(
+                    self.clips,
+                    self.order,
+                    config.feed,
+                    start=self.step,
+                    stop=total,
+                    rank=self.ranks.rank,
+                    ranks=self.ranks.count,
+                    image_size=config.model.image_size,
+                    seed=config.seed,
+                    device=config.device,
+                )
+            )
+            mark, waited = time.perf_counter(), 0.0
+            for batch in feed:
+                loss, gradient = self.learner.update(batch)
+                self.step += 1
+                now = time.perf_counter()
+                seen.append((batch, loss, gradient, feed.waited_seconds - waited, now - mark))
+                mark, waited = now, feed.waited_seconds
+                saves = self.step % config.checkpoint_every == 0 or self.step == total
+                if saves or self.step % config.log_every == 0:
+                    self._log(seen)
+                    seen = []
+                    if saves:
+                        self.learner.save(self.shards, self.step)
+                self.shards.poll()
+                if task is not None:
+                    task.advance(note="" if math.isnan(self.loss) else f"loss {self.loss:.4f}")
+
+    def _log(self, own: list[tuple[Batch, Any, Any, float, float]]) -> None:
+        """Exchange what the ranks have seen since the last time; rank 0 writes it down."""
+        mine = [
+            Seen(batch.step, batch.ids.tolist(), batch.lost, float(loss), float(gradient), waited, seconds)
+            for batch, loss, gradient, waited, seconds in own
+        ]
+        updates = list(zip(*self.ranks.gather(mine), strict=True))
+        losses = [self._over_seen(update) for update in updates]
+        self.loss = sum(losses) / len(losses)
+        gradient = max(update[0].gradient for update in updates)
+        if not (math.isfinite(self.loss) and math.isfinite(gradient)):
+            raise WorldlineError(
+                f"training stopped by step {self.step}: loss {self.loss}, gradient norm {gradient}; the last "
+                f"checkpoint is in {self.config.path}; try a new run with a lower learner.lr"
+            )
+        lost = [each for update in updates for seen in update for each in seen.lost]
+        if len(lost) == len(updates) * self.config.batch:
+            raise WorldlineError(
+                f"none of the clips of the last {len(updates)} updates could be read ({lost[0].reason}); see whether "
+                f"{self.config.data} is still whole, then give the same command again"
+            )
+        if self.ranks.rank == 0:
+            self._write(updates, losses, gradient, lost)
+
+    def _over_seen(self, update: tuple[Seen, ...]) -> float:
+        """Return the mean loss over the clips that were there; in the gradient, lost ones count as 0."""
+        there = self.config.batch - sum(len(seen.lost) for seen in update)
+        return sum(seen.loss for seen in update) / self.ranks.count * self.config.batch / max(1, there)
+
+    def _write(
+        self, updates: list[tuple[Seen, ...]], losses: list[float], gradient: float, lost: list[Lost]
+    ) -> None:
+        run = self.config.path
+        for update in updates:
+            ids = np.concatenate([np.array(seen.ids, dtype=np.int64) for seen in update])
+            append_line(run / BATCHES, {"step": update[0].step + 1, "batch": batch_hash(ids)})
+        for each in lost:
+            append_line(run / LOST, {**each._asdict(), "step": each.step + 1})
+        metrics = {"step": self.step, "loss": self.loss, "losses": losses, "gradient_norm": gradient}
+        append_line(run / METRICS, metrics | {"lost": len(lost)})
+        stalls = np.array([[seen.waited / seen.seconds for seen in update] for update in updates])
+        seconds = sum(update[0].seconds for update in updates)
+        p50, p95 = (float(q) for q in np.percentile(stalls, (50, 95)))
+        timing = {
+            "updates_per_second": len(updates) / seconds,
+            "clips_per_second": len(updates) * self.config.batch / seconds,
+            "stall": sum(seen.waited for update in updates for seen in update) / self.ranks.count / seconds,
+            "stall_p50": p50,
+            "stall_p95": p95,
+            "stall_max": float(stalls.max()),
+            "ranks": self.ranks.count,
+        }
+        append_line(run / TIMING, {"step": self.step, **timing})
+        for name in (METRICS, BATCHES) + ((LOST,) if lost else ()):
+            flush_to_disk(run / name)
+
+    def _finish(self, timing: dict[str, Any]) -> None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.learner.kept_encoder, options=options)  # all ranks take part
+        if self.ranks.rank == 0:
+            run, config = self.config.path, self.config.to_json()
+            card = {"step": self.step, "data": self.clips.fingerprint, "config": config, "provenance": provenance()}
+            save_encoder(run, self.config.model, weights, card)
+            lines = (run / LOST).read_text().splitlines() if (run / LOST).exists() else []
+            lost = sorted({json.loads(line)["clip"] for line in lines})
+            figures = {
+                "steps": self.step,
+                "loss": self.loss,
+                "lost": len(lines),
+                "lost_clips": lost,
+                "clips": self.clips.num_clips,
+                "parameters": self.learner.num_parameters,
+                "data": self.clips.fingerprint,
+                "config": config,
+            }
+            write_result(run / RESULT, "pretraining", figures, timing)
+            told = f"; {len(lines)} clips could not be read, see {LOST}" if lines else ""
+            print(f"{run}: loss {self.loss:.4f} after {self.step} updates{told}")
+        self.ranks.wait()
+
+
+def _check(config: PretrainConfig, clips: Clips) -> None:
+    model = config.model
+    if clips.num_frames != model.frames or clips.image_size < model.image_size:
+        raise WorldlineError(
+            f"{config.data} has clips of {clips.num_frames} frames and {clips.image_size} pixels, the model wants "
+            f"{model.frames} and {model.image_size}; give model.frames={clips.num_frames} and "
+            f"model.image_size={clips.image_size}, or ingest the videos anew"
+        )
+
+
+@contextmanager
+def _opened(config: PretrainConfig, clips: Clips, ranks: Ranks) -> Iterator[bool]:
+    """Let rank 0 take hold of the run directory, and all ranks know what came of it."""
+    with ExitStack() as stack:
+        finished, problem = False, ""
+        if ranks.rank == 0:
+            try:
+                finished = stack.enter_context(open_run(config, clips.fingerprint, free=_FREE, fill=dict))
+                if not finished:
+                    record_run(config, clips.fingerprint)
+            except WorldlineError as error:
+                problem = str(error)
+        finished, problem = ranks.gather((finished, problem))[0]
+        if problem:
+            raise WorldlineError(problem)
+        yield finished
+
+
+def _say(ranks: Ranks, text: str) -> None:
+    if ranks.rank == 0:
+        print(text, flush=True)
