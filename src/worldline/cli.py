@@ -143,7 +143,7 @@ def _configure(command: Command, paths: list[str], overrides: list[str]) -> Any:
     from worldline.config import build, did_you_mean, flatten
 
     known = flatten(_compose(command, []))
-    groups, spelled = _groups(command), _spelled(command)
+    groups = _groups(command)
     hydra_overrides, fixed = [], {}
     for word in overrides:
         key, value = word.split("=", 1)
@@ -156,7 +156,7 @@ def _configure(command: Command, paths: list[str], overrides: list[str]) -> Any:
                 )
             fixed[key] = value
         elif key in groups or key in known or any(name.startswith(f"{key}.") for name in known):
-            hydra_overrides.append(f"{spelled.get(key, key)}={value}")
+            hydra_overrides.append(f"{key}={value}")
         else:
             near = did_you_mean(key, [*groups, *known])
             raise WorldlineError(f"{command.name}: unknown option {key!r}{near} (see worldline {command.name} --help)")
@@ -188,6 +188,9 @@ def _compose(command: Command, overrides: list[str], fixed: Mapping[str, str] | 
             problems.append(error)
             return ""
 
+    spelled = _spelled(command)
+    words = [word.split("=", 1) for word in overrides]
+    overrides = [f"{spelled.get(key, key)}={value}" for key, value in words]
     GlobalHydra.instance().clear()
     ConfigStore.instance().store(name=f"{_file_stem(command)}_defaults", node=defaults(_load(command.config)))
     try:

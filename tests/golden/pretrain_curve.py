@@ -1,4 +1,4 @@
-"""Make the golden curve of pre-training: `python tests/golden/pretrain_curve.py` writes `pretrain_curve.json` beside it.
+"""Make the golden curve of pre-training, `pretrain_curve.json`: `python tests/golden/pretrain_curve.py`.
 
 One process without a process group, on one thread. Regenerate it only when training is meant to change, with a line in
 the changelog that says why.

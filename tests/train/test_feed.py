@@ -25,7 +25,7 @@ def test_batches_come_in_order_and_ranks_share_them() -> None:
 
 
 def test_a_clip_that_comes_back_is_not_lost() -> None:
-    clips = ToyClips(broken={n: 2 for n in range(24)})
+    clips = ToyClips(broken=dict.fromkeys(range(24), 2))
     assert all(not batch.lost for batch in batches(clips))
 
 

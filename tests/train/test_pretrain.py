@@ -93,7 +93,7 @@ def test_lost_clips_are_told_and_change_nothing_else(
 
 
 def test_a_run_ends_when_nothing_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "open_clips", lambda path: ToyClips(broken={n: 10**6 for n in range(24)}))
+    monkeypatch.setattr(module, "open_clips", lambda path: ToyClips(broken=dict.fromkeys(range(24), 10**6)))
     with pytest.raises(WorldlineError, match="none of the clips of the last 4 updates could be read"):
         pretrain(toy_config(tmp_path / "run"))
 
@@ -115,9 +115,9 @@ def test_sigreg_holds_features_apart_without_an_averaged_encoder(tmp_path: Path)
 def test_what_does_not_fit_is_refused(whole: Path, tmp_path: Path) -> None:
     config = toy_config(tmp_path / "run")
     other = VideoConfig(**{**config.model.to_json(), "frames": 16})
-    with pytest.raises(WorldlineError, match="give model.frames=8 and model.image_size=32"):
+    with pytest.raises(WorldlineError, match=r"give model.frames=8 and model.image_size=32"):
         pretrain(replace(config, model=other))
-    with pytest.raises(WorldlineError, match="batch must be a multiple of ranks x parallel.accumulate, 1 x 3, got 8"):
+    with pytest.raises(WorldlineError, match=r"batch must be a multiple of ranks x parallel.accumulate, 1 x 3, got 8"):
         pretrain(replace(config, parallel=ParallelConfig(accumulate=3)))
     with pytest.raises(WorldlineError, match="start with torchrun"):
         pretrain(replace(config, parallel=ParallelConfig(offload=True)))

@@ -5,6 +5,7 @@ Shape legend: b batch, t frames, h w picture, n tokens of a clip, k kept ones, m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def sine_positions(grid: tuple[int, int, int], width: int) -> Float[Tensor, "1 n
     return torch.cat(parts, dim=1)[None]
 
 
-def save_encoder(directory: str | Path, config: VideoConfig, weights: dict[str, Tensor], training: Any) -> None:
+def save_encoder(directory: str | Path, config: VideoConfig, weights: Mapping[str, Any], training: Any) -> None:
     """Write an encoder's weights and card into a directory, each file whole or absent, the card last."""
     plain = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
     write_bytes(Path(directory) / WEIGHTS, save(plain))

@@ -81,7 +81,9 @@ class Feed:
         self._clips, self._order, self._config = clips, order, config
         self._rank, self._ranks, self._size, self._seed = rank, ranks, image_size, seed
         self._device = torch.device(device)
-        self._stream = torch.cuda.Stream() if self._device.type == "cuda" else None
+        self._stream = None
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._ahead = Prefetcher(self._make, start, stop, config.depth, config.threads)
 
     @property
@@ -114,7 +116,7 @@ class Feed:
             with torch.cuda.stream(self._stream):
                 clips = clips.pin_memory().to(self._device, non_blocking=True)
                 weight = weight.pin_memory().to(self._device, non_blocking=True)
-                copied = torch.cuda.Event()
+                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 copied.record()
         return Batch(step, ids, clips, weight, lost, time.perf_counter() - started), copied
 

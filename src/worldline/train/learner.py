@@ -6,7 +6,7 @@ Shape legend: b clips, n tokens of a clip, k kept, m hidden, e width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ class LearnerConfig:
     steps: int = 10_000
     """Updates."""
     target: Literal["ema", "sigreg"] = "ema"
-    """What is predicted: features of an averaged encoder (V-JEPA), or the encoder's own, held apart by SIGReg (LeJEPA)."""
+    """What is predicted: features of an averaged encoder (V-JEPA), or the encoder's own, held apart by SIGReg
+    (LeJEPA)."""
     ema: float = 0.998
     """What the averaged encoder keeps of itself an update; rises evenly to 1 at the last."""
     sigreg: float = 0.05
@@ -78,9 +79,12 @@ class Learner:
         if averaged is not None:
             averaged.load_state_dict(whole.encoder.state_dict())
         self.num_parameters = sum(p.numel() for p in whole.parameters())
-        how = {"device": device, "bfloat16": config.bfloat16}
-        self.model = parallelize(whole, ranks.mesh, parallel, **how)
-        self.target = None if averaged is None else parallelize(averaged, ranks.mesh, parallel, **how)
+
+        def spread(module: nn.Module) -> nn.Module:
+            return parallelize(module, ranks.mesh, parallel, device=device, bfloat16=config.bfloat16)
+
+        self.model = spread(whole)
+        self.target = None if averaged is None else spread(averaged)
         groups = [
             {"params": [p for p in self.model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in self.model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -90,9 +94,11 @@ class Learner:
     @property
     def kept_encoder(self) -> nn.Module:
         """The encoder that a finished run hands over: the averaged one where there is one."""
-        encoder = self.model.encoder if self.target is None else self.target
-        assert isinstance(encoder, nn.Module)
-        return encoder
+        return self._encoder if self.target is None else self.target
+
+    @property
+    def _encoder(self) -> nn.Module:
+        return self.model.get_submodule("encoder")
 
     def update(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Do one update; return this rank's loss and the gradient's norm over all ranks, before clipping."""
@@ -106,7 +112,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if self.target is not None:
             decay = 1.0 - (1.0 - config.ema) * (1.0 - step / config.steps)
-            follow(self.target, self.model.encoder, decay)
+            follow(self.target, self._encoder, decay)
         return loss, norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def gradients(self, batch: Batch) -> Tensor:
@@ -121,10 +127,10 @@ class Learner:
             features = self._target_features(clips)
             for kind, (kept, hidden) in enumerate(places):
                 synchronise_gradients(self.model, i + 1 == len(parts) and kind + 1 == kinds)
-                tokens = [torch.from_numpy(place[rows]).to(self._device) for place in (kept, hidden)]
-                loss = self._loss(clips, weight, *tokens, features, (batch.step, i, kind))
+                seen, told = (torch.from_numpy(place[rows]).to(self._device) for place in (kept, hidden))
+                loss = self._loss(clips, weight, seen, told, features, (batch.step, i, kind))
                 share = loss * len(part) / (len(batch.ids) * kinds)
-                share.backward()
+                torch.autograd.backward(share)
                 total += share.detach()
         return total
 
@@ -164,10 +170,9 @@ class Learner:
         target = (own if features is None else features).float()
         gap = told.float() - target.gather(1, hidden[..., None].expand(-1, -1, target.shape[-1]))
         if features is not None:
-            return (gap.abs().mean(dim=(1, 2)) * weight).mean()
-        prediction = (gap.square().mean(dim=(1, 2)) * weight).mean()
+            error: Tensor = (gap.abs().mean(dim=(1, 2)) * weight).mean()
+            return error
+        prediction: Tensor = (gap.square().mean(dim=(1, 2)) * weight).mean()
         times = target.unflatten(1, (self._grid[0], -1)).mean(dim=2).transpose(0, 1)  # (t, b, e)
         generator = torch.Generator().manual_seed(seed_for(self._seed, "sigreg", *key))
         return prediction + self.config.sigreg * sigreg(times, generator, projections=self.config.projections)
-
-

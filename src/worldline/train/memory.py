@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -152,11 +152,11 @@ def count_update(learning: Learner, batch: Batch) -> Need:
     return Need(**counter.worst)
 
 
-class Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count the bytes of all tensors that are alive, by what they are for, and remember the worst moment."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         names = ("parameters", "average", "optimizer", "gradients", "gathered", "activations")
         self.now = dict.fromkeys(names, 0)
         self.worst = dict(self.now)
@@ -172,12 +172,12 @@ class Counter(TorchDispatchMode):
             counter._set("gathered", storage)
             return done
 
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
-        super().__enter__()
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -203,7 +203,10 @@ class Counter(TorchDispatchMode):
             if parameter.grad is not None:
                 self.own("gradients", [parameter.grad])
 
-        hooks = [p.register_post_accumulate_grad_hook(arrived) for p in model.parameters()]
+        hooks = [
+            p.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+            for p in model.parameters()
+        ]
         yield
         for hook in hooks:
             hook.remove()

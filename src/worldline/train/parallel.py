@@ -10,14 +10,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 
 from worldline.core.errors import WorldlineError, require_at_least
 from worldline.model.transformer import Block
@@ -80,7 +82,11 @@ def open_ranks(device: Literal["cpu", "cuda"]) -> Iterator[Ranks]:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        store, rank, count = next(rendezvous("env://"))
+        # torchrun may lend the same store to ranks that it starts again: gloo would find the dead ones' addresses there
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=count)
     mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("shard",))
     background = dist.new_group(backend="gloo")
     try:
@@ -113,7 +119,7 @@ def parallelize(
                 if config.checkpointing:
                     wrapped = checkpoint_wrapper(wrapped, preserve_rng_state=False)
                 if config.compile:
-                    wrapped = torch.compile(wrapped)
+                    wrapped = cast(nn.Module, torch.compile(wrapped))
                 setattr(parent, name, wrapped)
                 units.append(wrapped)
     if mesh is None:

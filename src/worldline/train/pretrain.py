@@ -232,9 +232,7 @@ class Pretraining:
         there = self.config.batch - sum(len(seen.lost) for seen in update)
         return sum(seen.loss for seen in update) / self.ranks.count * self.config.batch / max(1, there)
 
-    def _write(
-        self, updates: list[tuple[Seen, ...]], losses: list[float], gradient: float, lost: list[Lost]
-    ) -> None:
+    def _write(self, updates: list[tuple[Seen, ...]], losses: list[float], gradient: float, lost: list[Lost]) -> None:
         run = self.config.path
         for update in updates:
             ids = np.concatenate([np.array(seen.ids, dtype=np.int64) for seen in update])

@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.utils._pytree import tree_map_only
 
 from worldline.core.errors import WorldlineError
@@ -44,7 +46,7 @@ class Shards:
             copied = tree_map_only(Tensor, Tensor.clone, state)
             self._writing = (step, self._alone.submit(_save_alone, copied, place))
             return
-        written = dcp.async_save(state, checkpoint_id=place, process_group=self._ranks.background)
+        written = async_save(state, checkpoint_id=place, process_group=self._ranks.background)
         assert isinstance(written, Future)
         self._writing = (step, written)
 
@@ -77,12 +79,10 @@ class Shards:
         state = _state(models, optimizer)
         try:
             with _no_ranks():
-                dcp.load(state, checkpoint_id=self._place(step), no_dist=self._ranks.mesh is None)
-        except (OSError, dcp.api.CheckpointException) as error:
+                load(state, checkpoint_id=self._place(step), no_dist=self._ranks.mesh is None)
+        except (OSError, CheckpointException) as error:
             reason = str(error).strip().splitlines()[0]
-            raise WorldlineError(
-                f"{self._place(step)} is damaged ({reason}); start again with another path="
-            ) from None
+            raise WorldlineError(f"{self._place(step)} is damaged ({reason}); start again with another path=") from None
         parameters = state.pop("optimizer")
         for name, model in models.items():
             own = name == "model"
@@ -129,7 +129,7 @@ def _state(models: dict[str, Any], optimizer: Any) -> dict[str, Any]:
 
 def _save_alone(state: dict[str, Any], place: Path) -> None:
     with _no_ranks():
-        dcp.save(state, checkpoint_id=place, no_dist=True)
+        save(state, checkpoint_id=place, no_dist=True)
 
 
 @contextmanager
