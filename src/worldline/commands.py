@@ -353,6 +353,14 @@ def _bench_train(config: Any, flags: set[str]) -> int:
     return 0
 
 
+def _bench_pretrain(config: Any, flags: set[str]) -> int:
+    from worldline.bench.pretrain import run
+
+    started = time.monotonic()
+    wrote(run(config).parent, started)
+    return 0
+
+
 def _bench_play(config: Any, flags: set[str]) -> int:
     from worldline.bench.play import run
 
@@ -793,6 +801,21 @@ COMMANDS: dict[str, Command] = {
             examples=(("worldline bench train compiled=false", "without the minute that torch.compile takes"),),
             run=_bench_train,
             config="worldline.bench.train:TrainBenchConfig",
+        ),
+        Command(
+            name="bench pretrain",
+            summary="what a frozen pre-trained encoder knows of the true state, beside its first weights",
+            about="""
+            Encodes clips of a simulator's episodes with a pre-trained encoder and with the same network as it was
+            initialised, fits probes of the true state on both, and compares them on held-out episodes, paired.
+            """,
+            examples=(
+                ("worldline bench pretrain runs/vizdoom-vit_tiny data=datasets/vizdoom_probe", "position and angle"),
+            ),
+            run=_bench_pretrain,
+            config="worldline.bench.pretrain:PretrainBenchConfig",
+            path="encoder",
+            path_required=True,
         ),
         Command(
             name="bench play",

@@ -29,7 +29,7 @@ def test_a_killed_worker_is_started_again_and_sees_the_same_batches(tmp_path: Pa
                 assert process.poll() is None, (tmp_path / "log").read_text()
                 time.sleep(0.05)
             os.kill(int((run / ".lock").read_text()), signal.SIGKILL)  # rank 0, wherever Ray has put it
-            status = process.wait(timeout=240)
+            status = process.wait(timeout=400)
         finally:
             process.kill()
     assert status == 0, (tmp_path / "log").read_text()

@@ -1,0 +1,213 @@
+"""What a frozen pre-trained encoder knows of the true state, beside the same network with its first weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from worldline.core.errors import WorldlineError, require_at_least
+from worldline.core.files import read_json, write_bytes
+from worldline.core.progress import progress
+from worldline.core.result import write_result
+from worldline.core.seeding import rng_for, seed_for
+from worldline.data.cache import FrameCache
+from worldline.data.lerobot import Dataset, open_dataset
+from worldline.evaluate.probe import fit_probe
+from worldline.model.factors import FactorHead, split_factors, squared_error
+from worldline.model.video import CARD, VideoEncoder, load_encoder
+from worldline.train.loop import threads
+
+_BATCH = 16
+_DRAWS = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainBenchConfig:
+    """A pre-trained encoder and episodes with a true state, which it has not seen."""
+
+    encoder: Path
+    """The folder of a finished worldline pretrain run."""
+    data: Path
+    """Episodes of a simulator, other ones than those it was trained on."""
+    stride: int = 2
+    """Frames of an episode from one frame of a clip to the next; that of the training clips."""
+    clips: tuple[int, int, int] = (1200, 200, 400)
+    """Of training, validation and test episodes."""
+    probes: int = 3
+    """Probes with seeds of their own; their errors are averaged."""
+    seed: int = 0
+    threads: int = 1
+    """CPU threads."""
+    reports: Path = Path("reports")
+    """The report is written into a folder DATE-pretrain in it."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, {"stride": 1, "probes": 1, "threads": 0})
+        if min(self.clips) < 1:
+            raise WorldlineError(f"clips must be three numbers of at least 1, got {list(self.clips)}")
+
+
+def run(config: PretrainBenchConfig) -> Path:
+    """Fit probes on features of both encoders; write `result.json` and `report.md`, return the report.
+
+    Raises:
+        WorldlineError: there is no encoder, or the data name no factors or have too short episodes.
+    """
+    with threads(config.threads):
+        trained = load_encoder(config.encoder)
+        sight = trained.config
+        dataset = open_dataset(config.data)
+        cache = FrameCache(dataset, sight.image_size)
+        span = (sight.frames - 1) * config.stride + 1
+        places = {
+            split: _places(dataset.split(split), dataset.lengths, span, count, (config.seed, split))
+            for split, count in zip(("train", "validation", "test"), config.clips, strict=True)
+        }
+        state = {
+            split: np.stack([_states(dataset, episode)[start + span - 1] for episode, start in rows.tolist()])
+            for split, rows in places.items()
+        }
+        head = FactorHead.fit(dataset.spec.factors, state["train"])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(config.seed, "first weights"))
+            fresh = VideoEncoder(sight).eval()
+        total = sum(map(len, places.values()))
+        errors = {}
+        for name, encoder in (("pretrained", trained), ("random", fresh)):
+            with progress(f"encode ({name})", total) as task:
+                z = {
+                    split: _features(encoder, cache, rows, config.stride, task.advance)
+                    for split, rows in places.items()
+                }
+            errors[name] = _errors(head, z, state, config.probes)
+        truth = split_factors(state["test"], head.factors)
+        spread = {f.name: squared_error(head.mean[f.name], truth[f.name]) for f in head.factors}
+        figures = {
+            "encoder": read_json(config.encoder / CARD)["training"],
+            "data": {"name": dataset.spec.name, "fingerprint": dataset.fingerprint, "episodes": dataset.num_episodes},
+            "clips": list(config.clips),
+            "test_episodes": len(np.unique(places["test"][:, 0])),
+            "stride": config.stride,
+            "probes": config.probes,
+            "factors": _scores(errors, spread, places["test"][:, 0], config.seed),
+        }
+    folder = Path(config.reports) / f"{date.today():%Y-%m-%d}-pretrain"
+    write_result(folder / "result.json", "pretrain-probe", figures)
+    report = folder / "report.md"
+    write_bytes(report, render(read_json(folder / "result.json")).encode())
+    return report
+
+
+def _states(dataset: Dataset, episode: int) -> Float[np.ndarray, "t s"]:
+    states = dataset.state(episode)
+    if states is None:
+        raise WorldlineError(f"{dataset.path} holds no true states; take episodes that `worldline collect` made")
+    return states
+
+
+def _places(episodes: list[int], lengths: Any, span: int, count: int, key: tuple[int, str]) -> Int64[np.ndarray, "n 2"]:
+    """Draw (episode, start) of clips, evenly over the episodes that are long enough."""
+    fit = [episode for episode in episodes if lengths[episode] >= span]
+    if not fit:
+        raise WorldlineError(f"no {key[1]} episode has {span} frames; take a shorter stride or longer episodes")
+    rng = rng_for("probe clips", *key)
+    chosen = [fit[i % len(fit)] for i in range(count)]
+    return np.array([(episode, rng.integers(lengths[episode] - span + 1)) for episode in chosen], dtype=np.int64)
+
+
+@torch.inference_mode()
+def _features(
+    encoder: VideoEncoder, cache: FrameCache, rows: Int64[np.ndarray, "n 2"], stride: int, advance: Any
+) -> Float[Tensor, "n e"]:
+    """Encode clips; of each the mean over the last tubelets' features, where the state is asked for."""
+    config, found = encoder.config, []
+    span = (config.frames - 1) * stride + 1
+    for first in range(0, len(rows), _BATCH):
+        part = rows[first : first + _BATCH]
+        clips = torch.from_numpy(cache.gather(part, span)[:, ::stride].copy())
+        found.append(encoder(clips).unflatten(1, (config.grid[0], -1))[:, -1].mean(dim=1))
+        advance(len(part))
+    return torch.cat(found).clone()
+
+
+def _errors(head: FactorHead, z: dict[str, Tensor], state: dict[str, np.ndarray], probes: int) -> dict[str, np.ndarray]:
+    """Return the squared error of each test clip by factor, averaged over probes."""
+    truth = split_factors(state["test"], head.factors)
+    sums = {name: np.zeros(len(values)) for name, values in truth.items()}
+    for seed in range(probes):
+        probe = fit_probe(head, z["train"], state["train"], z["validation"], state["validation"], seed)
+        read = probe(z["test"])
+        sums = {name: sums[name] + squared_error(read[name], truth[name]) / probes for name in sums}
+    return sums
+
+
+def _scores(
+    errors: dict[str, dict[str, np.ndarray]], spread: dict[str, np.ndarray], episode: np.ndarray, seed: int
+) -> dict[str, Any]:
+    """Return R^2 of both encoders and the 95% interval of the difference, from draws of whole test episodes."""
+    names, where = np.unique(episode, return_inverse=True)
+    rng = rng_for("probe draws", seed)
+    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=_DRAWS)  # (draws, episodes)
+
+    def by_episode(values: np.ndarray) -> np.ndarray:
+        return np.bincount(where, weights=values, minlength=len(names))
+
+    found = {}
+    for factor, base in spread.items():
+        per = {name: by_episode(error[factor]) for name, error in errors.items()}
+        whole = by_episode(base)
+        r2 = {name: float(1 - sums.sum() / whole.sum()) for name, sums in per.items()}
+        gain = (draws @ (per["random"] - per["pretrained"])) / (draws @ whole)
+        low, high = np.percentile(gain, (2.5, 97.5))
+        found[factor] = {**r2, "gain": r2["pretrained"] - r2["random"], "interval": [float(low), float(high)]}
+    return found
+
+
+def render(result: dict[str, Any]) -> str:
+    """Write the report from `result.json` alone."""
+    made, trained = result["provenance"], result["encoder"]
+    config = trained["config"]
+    model, rows = config["model"], result["factors"]
+    beaten = [name for name, row in rows.items() if row["interval"][0] > 0]
+    told = f"beats its first weights on {' and '.join(beaten)}" if beaten else "does not beat its first weights"
+    lines = [
+        f"# A frozen encoder, pre-trained without actions or states, {told}",
+        "",
+        f"A video transformer of {model['width']} channels and {model['depth']} blocks, {trained['step']} updates of "
+        f"{config['batch']} clips ({model['frames']} frames of {model['image_size']} px) of masked pre-training, "
+        f"target `{config['learner']['target']}`. Then frozen: a probe of one hidden layer reads the true state of "
+        f"{result['data']['name']} at a clip's last frame from the mean of its last features. Probes are fitted on "
+        f"{result['clips'][0]} clips and stopped by {result['clips'][1]}, of episodes that pre-training never saw, and "
+        f"tested on {result['clips'][2]} clips of {result['test_episodes']} further episodes. Beside it the same "
+        "network as it was initialised, on the same clips, with probes of the same kind.",
+        "",
+        "| factor | R^2 pre-trained | R^2 first weights | gain, 95% interval over test episodes |",
+        "|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        low, high = row["interval"]
+        lines.append(
+            f"| {name} | {row['pretrained']:.3f} | {row['random']:.3f} | "
+            f"{row['gain']:+.3f} ({low:+.3f} to {high:+.3f}) |"
+        )
+    lines += [
+        "",
+        f"The interval is paired: {_DRAWS} draws of whole test episodes, both encoders' errors from the same draw; "
+        f"errors are means over {result['probes']} probes.",
+        "",
+        f"Machine: {made['machine']['processor']}, {made['machine']['cores']} cores; torch "
+        f"{made['versions'].get('torch')}; commit {made['commit']}.",
+        "",
+        f"Pre-trained by `{trained['provenance']['command']}`.",
+        "",
+        f"Again: `{made['command']}`",
+        "",
+    ]
+    return "\n".join(lines)
