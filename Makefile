@@ -32,6 +32,8 @@ test: $(DEV_STAMP) debian
 	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy
 	find src/worldline/tinyengine -name '*pp' -exec $(BIN)/clang-format --dry-run --Werror {} +
+	$(BIN)/clang-tidy --quiet $$(find src/worldline/tinyengine -name '*.cpp' ! -name startup.cpp) -- \
+		-std=c++17 -fno-exceptions -fno-rtti -I src/worldline/tinyengine/firmware/host -DTINYENGINE_SCALAR
 	$(BIN)/python -m pytest -n 2
 
 bench: $(DEV_STAMP)

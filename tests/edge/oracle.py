@@ -130,15 +130,6 @@ def pool(x: NDArray[np.int8], kind: str, kernel: int, stride: int) -> NDArray[An
     return m.run("AVERAGE_POOL_2D" if kind == "average" else "MAX_POOL_2D", options, [i], o, [x])
 
 
-def add(
-    a: NDArray[np.int8], b: NDArray[np.int8], sa: float, sb: float, so: float, za: int, zb: int, zo: int
-) -> NDArray[Any]:
-    m = Model()
-    i, j = m.tensor(a.shape, np.int8, sa, za), m.tensor(b.shape, np.int8, sb, zb)
-    o = m.tensor(a.shape, np.int8, so, zo)
-    return m.run("ADD", schema.AddOptionsT(), [i, j], o, [a, b])
-
-
 def requantise(x: NDArray[np.int8], sx: float, so: float, zx: int, zo: int) -> NDArray[Any]:
     m = Model()
     i, o = m.tensor(x.shape, np.int8, sx, zx), m.tensor(x.shape, np.int8, so, zo)

@@ -15,7 +15,7 @@ from random_chains import random_chain
 import worldline.bench
 from worldline.edge import cases
 from worldline.edge.build import BOARDS
-from worldline.edge.graph import Chain
+from worldline.edge.graph import Chain, Pixels, Rows
 from worldline.edge.program import HEADER
 from worldline.edge.schedule import Plan, plan_rows, plan_tiles
 from worldline.edge.tflite import read_chain
@@ -40,12 +40,21 @@ def random_cases(seed: int, count: int, channels: int = 20) -> list[tuple[Chain,
     return chosen
 
 
+def last_byte(chain: Chain, plan: Plan) -> int:
+    """Return where a plan's last buffer ends, without what rounds it up."""
+    _, columns, channels = chain.stages[-1].size
+    if isinstance(chain.end, Rows):
+        return plan.piece + columns * channels
+    return plan.piece + 4 * -(-columns * channels // 4) + 6 * columns if isinstance(chain.end, Pixels) else plan.end
+
+
 def assert_equal(target, image, chosen) -> None:
     outcomes = cases.run_cases(target, image, [cases.case_of(*case) for case in chosen])
     for i, ((chain, picture, plan), outcome) in enumerate(zip(chosen, outcomes, strict=True)):
         kinds = [(s.kind, s.size_in, s.size, s.kernel, s.stride, s.padding, s.upsample) for s in chain.stages]
         assert outcome.status == "ok", f"case {i}: {outcome.status} for {kinds}"
         got, want = cases.values_of(chain, outcome.result), chain.run(picture)[0]
+        assert outcome.arena_end == last_byte(chain, plan), f"case {i}: not what {plan} says"
         np.testing.assert_array_equal(got, want, err_msg=f"case {i}: {kinds}, {type(chain.end).__name__}, {plan}")
 
 
@@ -121,4 +130,5 @@ def test_the_reference_graph_keeps_to_its_budget(tmp_path, board, most):
     ):
         np.testing.assert_array_equal(cases.values_of(chain, outcome.result), chain.run(picture)[0])
         assert outcome.ticks * target.instructions_per_tick < most
-        assert chosen[0].arena_bytes + outcome.stack_bytes <= 15 * 1024
+        assert outcome.arena_end == chosen[0].arena_bytes  # painted, and planned
+        assert outcome.arena_end + outcome.stack_bytes <= 15 * 1024

@@ -2,67 +2,31 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import struct
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from little_world import SIZES, STEPS, pictures
 
-from toy_world import SPEC, TINY
 from worldline.core.errors import WorldlineError
-from worldline.core.files import read_json
-from worldline.edge import commands, play
+from worldline.edge import build, commands, images
 from worldline.edge.build import BOARDS
 from worldline.edge.commands import Command
-from worldline.edge.emit import write_bundle, write_table
+from worldline.edge.emit import write_table
 from worldline.edge.planner import Budget, plan
 from worldline.edge.program import write_world
-from worldline.edge.quantise import Calibration, quantise
-from worldline.edge.world import IntegerWorld, State
+from worldline.edge.world import State
 from worldline.engine.recording import Kind
 from worldline.engine.runtime import _EVENT, Engine, _genesis
 from worldline.engine.workloads import open_workload
-from worldline.engine.workloads.latent import Starts, save_starts
-from worldline.model import World
-from worldline.model.checkpoint import load_world, save_world
-from worldline.model.int8 import MANIFEST, PROGRAM, Int8World
+from worldline.model.checkpoint import load_world
+from worldline.model.int8 import PROGRAM, Int8World
 
-CONTEXT, STEPS, SIZES = 4, 20, (24, 2, 32)
 ON_BOARDS = [pytest.param(name, marks=pytest.mark.cortex) for name in ("m4", "m7", "m33", "m55")]
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ (apt-get install g++)")
-
-
-def pictures(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Return smooth pictures."""
-    coarse = torch.from_numpy(rng.uniform(0, 255, (count, 3, 5, 5)))
-    fine = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bicubic").clamp(0, 255)
-    return fine.permute(0, 2, 3, 1).to(torch.uint8).numpy()
-
-
-@pytest.fixture(scope="module", params=[("none", 8), ("normalise", 4)], ids=["none-8", "normalise-4"])
-def worlds(request) -> tuple[World, IntegerWorld]:
-    """A world with the statistics of a trained one, and the same in integers."""
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    world = World(replace(TINY, projection=request.param[0]), SPEC)
-    frames = torch.from_numpy(pictures(rng, 256))
-    world.train()
-    with torch.no_grad():
-        for _ in range(40):
-            world.encode(frames)
-        for parameter in world.predictor.parameters():  # so that steps go somewhere
-            parameter.mul_(1.5)
-        world.eval()
-        z = world.encode(frames)
-        world.gauge.fit(world, z)
-    actions = torch.from_numpy(rng.uniform(0, 512, (16, CONTEXT + STEPS - 1, 2)).astype(np.float32))
-    context = z[: 16 * CONTEXT].reshape(16, CONTEXT, -1)
-    return world, quantise(world, Calibration(frames, context, actions), request.param[1])
 
 
 def test_integers_follow_the_float_world(worlds):
@@ -123,7 +87,7 @@ def test_every_build_answers_with_the_references_bytes(worlds, tmp_path, board):
     asked.append(Command("plan", z[0], budget))
     wanted.append(np.concatenate((actions.ravel(), np.array([cost], np.uint64).view(np.int16))))
     ask("step", actions[0], whole.step(state, actions[:1]).z[0])  # from where the plan began
-    image = commands.compile_world(target, tmp_path, arena)
+    image = build.compile_image("world", target, tmp_path, arena)
     replies, stack = commands.run_world(target, image, program, SIZES, asked)
     for i, (command, reply, want) in enumerate(zip(asked, replies, wanted, strict=True)):
         assert reply.status == "ok", f"{i}: {command.verb}"
@@ -142,7 +106,7 @@ def test_firmware_has_its_program_in_flash(worlds, tmp_path):
     z, action = whole.encode(frames), np.array([[900, -1200]], np.int16)
     state = whole.step(State(z[:1], np.zeros((1, whole.hidden), np.int16)), action)
     asked = [Command("picture", frames[0]), Command("begin", z[0]), Command("step", action[0]), Command("drift", z[1])]
-    image = commands.compile_world(board, tmp_path, arena, table=tmp_path)
+    image = build.compile_image("world", board, tmp_path, arena, table=tmp_path)
     replies, _ = commands.run_world(board, image, b"", SIZES, asked)
     np.testing.assert_array_equal(replies[0].values, z[0])
     np.testing.assert_array_equal(replies[2].values, state.z[0])
@@ -170,7 +134,7 @@ def test_plans_in_integers_reach_what_known_actions_reach(worlds):
 def test_calls_in_a_wrong_order_are_refused(worlds, tmp_path):
     _, whole = worlds
     program, arena = write_world(whole)
-    image = commands.compile_world(None, tmp_path, arena)
+    image = build.compile_image("world", None, tmp_path, arena)
     zero = np.zeros(2, np.int16)
     replies, _ = commands.run_world(None, image, program, SIZES, [Command("step", zero)])
     assert replies[0].status == "wrong_order"
@@ -178,22 +142,6 @@ def test_calls_in_a_wrong_order_are_refused(worlds, tmp_path):
         commands.run_world(None, image, program[:-1] + bytes([program[-1] ^ 1]), SIZES, [])
     with pytest.raises(WorldlineError, match="not_a_program"):
         commands.run_world(None, image, b"x" * 400, SIZES, [])
-
-
-@pytest.fixture
-def bundle(worlds, tmp_path) -> Path:
-    world, whole = worlds
-    rng = np.random.default_rng(3)
-    checkpoint = save_world(tmp_path / "world", world, training={})
-    starts = Starts(
-        frames=pictures(rng, 2 * CONTEXT).reshape(2, CONTEXT, 32, 32, 3),
-        actions=rng.uniform(0, 512, (2, CONTEXT - 1, 2)).astype(np.float32),
-        seeds=np.zeros(2, np.int64),
-        prefix=np.zeros((2, 1, 2), np.float32),
-        prefix_lengths=np.zeros(2, np.int64),
-    )
-    save_starts(checkpoint, starts)
-    return write_bundle(tmp_path / "bundle", checkpoint, whole, {})
 
 
 @needs_compiler
@@ -226,7 +174,7 @@ def test_firmware_plays_a_session_to_the_same_chain(worlds, bundle, tmp_path, bo
     seed, chains, events = 1, [], []
 
     def happened(kind: Kind, cause: bytes, chain: bytes, **seen: np.ndarray) -> None:
-        events.append(play.Event(_EVENT.pack(kind, len(events), len(cause)) + cause, **seen))
+        events.append(images.Event(_EVENT.pack(kind, len(events), len(cause)) + cause, **seen))
         chains.append(chain)
 
     with Engine(workload) as engine:
@@ -237,23 +185,7 @@ def test_firmware_plays_a_session_to_the_same_chain(worlds, bundle, tmp_path, bo
             happened(Kind.STEP, action.tobytes(), engine.step(action).chain, actions=action[None])
     target = None if board == "host" else BOARDS[board]
     program = (bundle / PROGRAM).read_bytes()
-    image = play.compile_player(target, tmp_path / board, write_world(worlds[1])[1])
-    assert play.play(target, image, program, genesis, events) == chains
-
-
-@pytest.mark.cortex
-def test_a_bundle_compiles_by_itself_and_was_tried(worlds, bundle, tmp_path):
-    """With nothing of the package but what lies in the bundle."""
-    tried = write_bundle(tmp_path / "tried", bundle / "checkpoint", worlds[1], {}, target="cortex-m33", qemu=True)
-    ran = read_json(tried / MANIFEST)["qemu"]
-    assert ran["answers_equal"] == 18
-    assert f"{ran['image_bytes']:,} bytes of flash" in (tried / "README.md").read_text()
-    flags = re.search(r"set\(FLAGS (.*)\)", (tried / "CMakeLists.txt").read_text()).group(1).split()
-    sources = ["tinyengine/firmware/world.cpp", "tinyengine/firmware/cortex/startup.cpp", "world_program.cpp"]
-    command = ["arm-none-eabi-g++", *flags, "-DTINYENGINE_LINKED", "-I.", "-Itinyengine/firmware/cortex", "-L."]
-    command += ["-Ttinyengine/firmware/cortex/link.ld", *sources, "-o", str(tmp_path / "world.elf")]
-    subprocess.run(command, cwd=tried, check=True)
-    symbols = subprocess.run(
-        ["arm-none-eabi-nm", str(tmp_path / "world.elf")], capture_output=True, text=True, check=True
-    ).stdout
-    assert not re.search(r"\b(_?malloc|_?free|_?sbrk|_?calloc|_?realloc|_Zn[wa]\w*|__cxa_throw)\b", symbols)
+    image = build.compile_image("player", target, tmp_path / board, write_world(worlds[1])[1])
+    given, _ = images.exchange(target, image, "player", images.session(genesis, events), program)
+    assert given == b"".join(chains)
+    assert images.playing(worlds[1], genesis, events).wanted == given

@@ -30,7 +30,7 @@ STATUS = (
     "wrong_order",
     "bad_argument",
 )
-_SIZES, _HEAD = struct.Struct("<4I"), struct.Struct("<3I")
+_SIZES, _HEAD = struct.Struct("<4I"), struct.Struct("<4I")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Outcome:
     ticks: int
     stack_bytes: int
     """The most that was used since the image began; 0 on this machine."""
+    arena_end: int
+    """The first byte behind all that was written in the arena, found by painting it."""
     result: bytes
 
 
@@ -97,16 +99,13 @@ def run_cases(target: Board | None, image: Path, cases: Sequence[Case], timeout_
         for case in cases:
             sizes = (len(case.program), case.arena_bytes, case.picture.nbytes, case.result_bytes)
             file.write(_SIZES.pack(*sizes) + case.program + np.ascontiguousarray(case.picture).tobytes())
-    if target is None:
-        build.run_host(image, timeout_s)
-    else:
-        build.run_board(target, image, timeout_s)
+    build.run_image(target, image, timeout_s)
     data, outcomes, at = (image.parent / "results.bin").read_bytes(), [], 0
     for case in cases:
         if at + _HEAD.size + case.result_bytes > len(data):
             raise WorldlineError(f"{image} gave back {len(data)} bytes, fewer than its cases have")
-        status, ticks, stack = _HEAD.unpack_from(data, at)
+        status, ticks, stack, end = _HEAD.unpack_from(data, at)
         at += _HEAD.size
-        outcomes.append(Outcome(STATUS[status], ticks, stack, data[at : at + case.result_bytes]))
+        outcomes.append(Outcome(STATUS[status], ticks, stack, end, data[at : at + case.result_bytes]))
         at += case.result_bytes
     return outcomes

@@ -12,13 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldline.core.errors import WorldlineError
-from worldline.core.native import TINYENGINE
 from worldline.edge import build
 from worldline.edge.build import Board
 from worldline.edge.cases import STATUS
 from worldline.edge.planner import Budget
 
-SOURCE = TINYENGINE / "firmware/world.cpp"
 Verb = Literal["picture", "begin", "observe", "step", "decode", "region", "drift", "plan"]
 _CODES: dict[Verb, int] = {
     "picture": 1,
@@ -54,33 +52,6 @@ class Reply:
     values: NDArray[Any]
 
 
-def compile_world(
-    target: Board | None, folder: Path, arena_bytes: int, options: Sequence[str] = (), table: Path | None = None
-) -> Path:
-    """Compile the image that runs commands, for a board or (None) for this machine.
-
-    With `table`, a folder with `world_program.cpp`, a board has that program in flash; else it is read from a file.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    image = folder / "world.elf"
-    options = (f"-DTINYENGINE_ARENA={arena_bytes}", *options)
-    if target is None:
-        build.compile_host([SOURCE], image, options)
-    elif table is not None:
-        sources = [SOURCE, table / "world_program.cpp"]
-        build.compile_board(target, sources, image, ["-DTINYENGINE_LINKED", "-I", str(table), *options])
-    else:
-        build.compile_board(target, [SOURCE], image, [*room_for(target), *options])
-    return image
-
-
-def room_for(target: Board) -> tuple[str, ...]:
-    """Return where the program is put: firmware has it in flash, this image reads it from a file."""
-    if target.machine == "mps3-an547":  # its DDR
-        return ("-DTINYENGINE_PROGRAM_AT=0x60000000",)
-    return ()
-
-
 def run_world(
     target: Board | None,
     image: Path,
@@ -89,7 +60,7 @@ def run_world(
     commands: Sequence[Command],
     timeout_s: float = 600.0,
 ) -> tuple[list[Reply], int]:
-    """Run commands through an image of `compile_world`; returns the replies and the bytes of stack that were used.
+    """Run commands through an `world` image; returns the replies and the bytes of stack that were used.
 
     `sizes` are the values of a latent, those of an action, and the side of a picture.
 
@@ -105,10 +76,7 @@ def run_world(
             rows = len(command.values) if command.verb == "picture" and command.values is not None else 0
             budget = b"" if command.budget is None else command.budget.words()
             file.write(struct.pack("<2I", _CODES[command.verb], rows) + budget + values)
-    if target is None:
-        build.run_host(image, timeout_s)
-    else:
-        build.run_board(target, image, timeout_s)
+    build.run_image(target, image, timeout_s)
     data = (folder / "results.bin").read_bytes()
     status = STATUS[int.from_bytes(data[:4], "little")]
     if status != "ok":

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float32, UInt8
 from numpy.typing import NDArray
 
 from worldline.core.errors import WorldlineError
@@ -18,10 +19,12 @@ from worldline.core.result import provenance
 from worldline.core.seeding import rng_for
 from worldline.data.cache import FrameCache
 from worldline.data.lerobot import Dataset, open_dataset
+from worldline.edge.arena_picture import draw, world_panel
 from worldline.edge.firmware import TARGETS, run_in_qemu, write_firmware
-from worldline.edge.program import write_world
+from worldline.edge.program import lay_out, write_world
 from worldline.edge.quantise import Calibration, quantise
 from worldline.edge.schedule import plan_rows
+from worldline.edge.sensitivity import sensitivity
 from worldline.edge.world import IntegerWorld
 from worldline.model.checkpoint import find_world, load_world, read_card
 from worldline.model.int8 import CHECKPOINT, FORMAT, MANIFEST, PROGRAM, is_bundle
@@ -71,9 +74,11 @@ def export(config: ExportConfig, qemu: bool = False) -> Path:
             f"{dataset.spec.name}; measure its ranges on data of its own world"
         )
     whole = quantise(world, calibration(world, dataset, config), config.bits)
-    cost = quality(world, whole, dataset, config.seed)
+    held_out = _windows(world, dataset, "validation", _VALIDATED, config.seed)
+    cost = quality(world, whole, *held_out)
     at = f"error to truth after {cost['steps']} steps {cost['error_ratio']:.2f} of the float world's"
     print(f"held-out latents: cosine {cost['cosine_mean']:.4f} (worst percent {cost['cosine_p1']:.4f}); {at}")
+    cost["layers"] = layer_costs(world, whole, *held_out)
     measured = {"data": dataset.fingerprint} | {
         name: getattr(config, name) for name in ("bits", "frames", "rollouts", "seed")
     }
@@ -85,7 +90,7 @@ def write_bundle(
     checkpoint: Path,
     world: IntegerWorld,
     calibration: dict[str, Any],
-    quality: dict[str, float] | None = None,
+    quality: dict[str, Any] | None = None,
     target: str = "host",
     qemu: bool = False,
 ) -> Path:
@@ -143,11 +148,12 @@ def calibration(world: World, dataset: Dataset, config: ExportConfig) -> Calibra
     return Calibration(frames, beginnings.clone(), torch.from_numpy(actions))
 
 
-def quality(world: World, whole: IntegerWorld, dataset: Dataset, seed: int) -> dict[str, float]:
-    """Compare with the float world on validation episodes: cosine of encoded latents, and errors to truth at the end of
-    a rollout (whitened latents), over the float world's."""
+def quality(
+    world: World, whole: IntegerWorld, seen: UInt8[np.ndarray, "b f h w 3"], native: Float32[np.ndarray, "b t a"]
+) -> dict[str, Any]:
+    """Compare with the float world: cosine of encoded latents, and errors to truth at the end of a rollout (whitened
+    latents), over the float world's."""
     context, scale = world.config.context, whole.scale
-    seen, native = _windows(world, dataset, "validation", _VALIDATED, seed)
     with torch.inference_mode():
         real = world.encode(torch.from_numpy(seen))
         ours = whole.encode(seen.reshape(-1, *seen.shape[2:])).reshape(real.shape)
@@ -168,6 +174,16 @@ def quality(world: World, whole: IntegerWorld, dataset: Dataset, seed: int) -> d
         "steps": seen.shape[1] - context,
         "rollouts": len(seen),
     }
+
+
+def layer_costs(
+    world: World, whole: IntegerWorld, seen: UInt8[np.ndarray, "b f h w 3"], native: Float32[np.ndarray, "b t a"]
+) -> list[dict[str, Any]]:
+    """Return what each layer's integers cost by themselves, on the same windows."""
+    with torch.inference_mode():
+        begun = world.encode(torch.from_numpy(seen[:, : world.config.context])).clone()
+    frames = torch.from_numpy(seen[:, :: max(1, seen.shape[1] // 2)].reshape(-1, *seen.shape[2:]))
+    return sensitivity(world, whole, frames, begun, torch.from_numpy(native))
 
 
 def _windows(
@@ -214,9 +230,11 @@ def _write(out: Path, checkpoint: Path, world: IntegerWorld, measured: dict[str,
     shutil.copytree(checkpoint, out / CHECKPOINT, ignore=shutil.ignore_patterns("training.*"))
     write_bytes(out / PROGRAM, program)
     write_table(out, program, arena_bytes)
+    panel = world_panel("Arena", world.encoder, world.decoder, lay_out(world))
+    write_bytes(out / "arena.svg", draw([panel]).encode())
     spec, taken = read_card(checkpoint)["spec"], sizes(world, program, arena_bytes)
     ran = run_in_qemu(world, program, arena_bytes, out, target) if qemu else None
-    write_firmware(out, world, spec["name"], tuple(spec["action_names"]), target, taken, ran)
+    write_firmware(out, world, spec["name"], tuple(spec["action_names"]), target, taken, ran, measured["quality"])
     files = sorted(path for path in out.rglob("*") if path.is_file())
     manifest = {
         "format": FORMAT,

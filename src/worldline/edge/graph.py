@@ -31,6 +31,8 @@ class Affine:
     zero_out: int = 0
     low: int = -128
     high: int = 127
+    scale: float = 1.0
+    """What a step of the output is worth; nothing is computed with it."""
 
     def __post_init__(self) -> None:
         if (self.by.shift < 1).any() or (self.by.shift > integer.MAX_SHIFT).any():

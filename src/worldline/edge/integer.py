@@ -169,45 +169,6 @@ def pool(
     return pooled.astype(np.int8)
 
 
-class Adding(NamedTuple):
-    """How two int8 tensors of different scales are added: each times its factor, the sum times a third."""
-
-    first: Scaling
-    second: Scaling
-    total: Scaling
-
-
-ADD_SHIFT = 20
-
-
-def adding(scale_a: float, scale_b: float, scale_out: float) -> Adding:
-    """Return the factors of an addition: to twice the larger scale, kept with 20 more bits, then to the output's.
-
-    Raises:
-        WorldlineError: the output's scale is too small for the sum.
-    """
-    twice = 2 * max(scale_a, scale_b)
-    factors = (scale_a / twice, scale_b / twice, twice / (2**ADD_SHIFT * scale_out))
-    return Adding(*(scaling(np.array([factor])) for factor in factors))
-
-
-def add(
-    a: Int8[np.ndarray, "*b"],
-    b: Int8[np.ndarray, "*b"],
-    by: Adding,
-    *,
-    zero_a: int,
-    zero_b: int,
-    zero_out: int,
-    low: int = -128,
-    high: int = 127,
-) -> Int8[np.ndarray, "*b"]:
-    """Add two int8 tensors."""
-    first = requantise((a.astype(np.int64) - zero_a) << ADD_SHIFT, by.first)
-    second = requantise((b.astype(np.int64) - zero_b) << ADD_SHIFT, by.second)
-    return np.clip(requantise(first + second, by.total) + zero_out, low, high).astype(np.int8)
-
-
 def upsample(x: Int8[np.ndarray, "b h w c"]) -> Int8[np.ndarray, "b 2*h 2*w c"]:
     """Double every row and column."""
     return x.repeat(2, axis=1).repeat(2, axis=2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,29 +89,51 @@ def finish_program(out: Writer, arena_bytes: int, places: tuple[int, ...]) -> by
     return bytes(out.data)
 
 
-def write_world(world: IntegerWorld, encoder: bool = True, decoder: bool = True) -> tuple[bytes, int]:
-    """Return a world as a program, and the bytes of the arena that it wants; parts that are not wanted are left out."""
-    out, p, hidden = Writer(), world.predictor, world.hidden
-    latent, action = p.change.weight.shape[0], len(world.actions.mean)
+class Arena(NamedTuple):
+    """Where a world keeps what it needs, in bytes of its arena."""
+
+    encoder: Plan
+    decoder: Plan
+    buffers: dict[str, tuple[int, int]]
+    """Place and bytes of those of predictor and gauge."""
+    size: int
+
+
+def lay_out(world: IntegerWorld, encoder: bool = True, decoder: bool = True) -> Arena:
+    """Return where everything lies; parts that are not wanted take nothing."""
+    latent, hidden, action = len(world.predictor.change.weight), world.hidden, len(world.actions.mean)
     encoder_plan = plan_rows(world.encoder)
     decoder_plan = plan_rows(world.decoder, encoder_plan.end if encoder else 0)
-    at, places = padded(decoder_plan.end if decoder else encoder_plan.end if encoder else 0, 16), []
-    for count in (padded(latent, ROW_ALIGN) + hidden, latent + action, hidden, hidden, hidden, latent, latent):
-        places.append(at)
-        at += 2 * padded(count, ROW_ALIGN)
-    encoder_at = write_chain(out, world.encoder, encoder_plan) if encoder else 0
+    at, buffers = padded(decoder_plan.end if decoder else encoder_plan.end if encoder else 0, 16), {}
+    counts = {
+        "state": padded(latent, ROW_ALIGN) + hidden, "joined": latent + action, "x": hidden, "next": hidden,
+        "mixed": hidden, "white": latent, "offset": latent,
+    }  # fmt: skip
+    for name, count in counts.items():
+        buffers[name] = (at, 2 * padded(count, ROW_ALIGN))
+        at += buffers[name][1]
+    return Arena(encoder_plan, decoder_plan, buffers, at)
+
+
+def write_world(world: IntegerWorld, encoder: bool = True, decoder: bool = True) -> tuple[bytes, int]:
+    """Return a world as a program, and the bytes of the arena that it wants; parts that are not wanted are left out."""
+    out, p, arena = Writer(), world.predictor, lay_out(world, encoder, decoder)
+    places = [at for at, _ in arena.buffers.values()]
+    encoder_at = write_chain(out, world.encoder, arena.encoder) if encoder else 0
     tables = [np.append(integer.table(name), 0).astype("<i2") for name in ("sigmoid", "tanh")]
     tables_at = out.put(np.concatenate(tables))
     matrices = (p.embed, p.input_gates, p.hidden_gates, p.from_hidden, p.from_input, p.change)
     dense = [word for matrix in matrices for word in _dense(out, matrix)]
     a = world.actions
     actions_at = out.put(np.stack((a.low, a.high, a.mean, a.factor), axis=1).astype("<f4"))
-    predictor_at = out.put_words(latent, action, hidden, actions_at, p.radius, tables_at, *dense, *places[:5])
+    predictor_at = out.put_words(
+        len(p.change.weight), len(a.mean), world.hidden, actions_at, p.radius, tables_at, *dense, *places[:5]
+    )
     drawing_at = out.put_words(*_dense(out, world.drawing.matrix), world.drawing.zero_out) if decoder else 0
-    decoder_at = write_chain(out, world.decoder, decoder_plan) if decoder else 0
+    decoder_at = write_chain(out, world.decoder, arena.decoder) if decoder else 0
     mean_at = out.put(world.gauge.mean.astype("<i2"))
     gauge_at = out.put_words(mean_at, *_dense(out, world.gauge.whiten), world.gauge.radius99, *places[5:])
-    return finish_program(out, at, (encoder_at, predictor_at, drawing_at, decoder_at, gauge_at)), at
+    return finish_program(out, arena.size, (encoder_at, predictor_at, drawing_at, decoder_at, gauge_at)), arena.size
 
 
 def _dense(out: Writer, dense: Dense) -> tuple[int, ...]:

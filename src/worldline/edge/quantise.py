@@ -28,6 +28,7 @@ _GATE = 1 / 4096
 _HIDDEN = 1 / 32768
 _WHITE = 1 / 1024
 _PIXEL = 1 / 127.5
+_CORRECTIONS = 3
 
 
 class Calibration(NamedTuple):
@@ -127,6 +128,13 @@ def _predictor(p: GRUPredictor, seen: _Seen, scale: float, radius: int, bits: in
     )
 
 
+def layers(encoder: ConvEncoder) -> list[nn.Sequential]:
+    """Return the encoder's convolutions, each with its norm and activation."""
+    blocks = [cast(nn.Sequential, block) for block in encoder.blocks]
+    halves = [cast(nn.Sequential, half) for block in blocks for half in (block[:3], block[3:])]
+    return [encoder.stem, *halves, encoder.head]
+
+
 def _encoder(world: World, frames: UInt8[Tensor, "n h w 3"], z_scale: float) -> Chain:
     encoder = cast(ConvEncoder, world.encoder)
     rows, columns = frames.shape[1:3]
@@ -135,10 +143,8 @@ def _encoder(world: World, frames: UInt8[Tensor, "n h w 3"], z_scale: float) -> 
     # a picture's byte q + 128 means (q + 1/2) / 127.5, and half a step goes into the first bias
     grid = _Grid(size=(int(rows), int(columns), 3), scale=_PIXEL, zero=0, offset=0.5 * _PIXEL)
     stages: list[Stage] = []
-    blocks = (cast(nn.Sequential, block) for block in encoder.blocks)
-    halves = [encoder.stem, *(part for block in blocks for part in (block[:3], block[3:])), encoder.head]
-    for part in halves:
-        conv, norm, activation = cast(tuple[nn.Conv2d, nn.BatchNorm2d, nn.Module], tuple(cast(nn.Sequential, part)))
+    for part in layers(encoder):
+        conv, norm, activation = cast(tuple[nn.Conv2d, nn.BatchNorm2d, nn.Module], tuple(part))
         real = activation(norm(conv(real)))
         stage, grid = _stage(conv, *_folded(conv, norm), grid, real, whole)
         whole = stage.run(whole)
@@ -161,7 +167,7 @@ def _decoder(world: World, z: Float[Tensor, "n d"], scale: float, bits: int) -> 
     real = torch.relu(decoder.linear(z))
     grid_scale, zero = float(real.max()) / 255, -128
     matrix = _dense(_array(decoder.linear.weight), _array(decoder.linear.bias), scale, grid_scale, bits)
-    drawing = Drawing(matrix=matrix, zero_out=zero)
+    drawing = Drawing(matrix=matrix, zero_out=zero, scale=grid_scale)
     side = decoder.grid
     real = real.reshape(len(z), side, side, -1).permute(0, 3, 1, 2)
     whole = drawing.run(integer.saturate(np.round(z.double().numpy() / scale).astype(np.int64), 16).astype(np.int16))
@@ -224,12 +230,15 @@ def _stage(
         stride=conv.stride[0], padding=cast(tuple[int, int], conv.padding), upsample=upsample, zero_in=grid.zero,
         depthwise=_deep(affine) if deep else None, conv=None if deep else affine,
     )  # fmt: skip
-    off = real.permute(0, 2, 3, 1).double().numpy().mean(axis=(0, 1, 2)) - scale * (
-        stage.run(whole).astype(np.float64).mean(axis=(0, 1, 2)) - zero
-    )
-    steps = np.round(off / (grid.scale * _channel_scale(weight))).astype(np.int64)
-    corrected = replace(affine, bias=(affine.bias + steps).astype(np.int32))
-    stage = replace(stage, depthwise=_deep(corrected) if deep else None, conv=None if deep else corrected)
+    means = real.permute(0, 2, 3, 1).double().numpy().mean(axis=(0, 1, 2))
+    for _ in range(_CORRECTIONS):
+        out = stage.run(whole)
+        # what is clamped does not follow its bias
+        free = ((out > bounds[0]) & (out < bounds[1])).mean(axis=(0, 1, 2)).clip(0.1, 1.0)
+        off = (means - scale * (out.astype(np.float64).mean(axis=(0, 1, 2)) - zero)) / free
+        steps = np.round(off / (grid.scale * _channel_scale(weight))).astype(np.int64)
+        affine = replace(affine, bias=(affine.bias + steps).astype(np.int32))
+        stage = replace(stage, depthwise=_deep(affine) if deep else None, conv=None if deep else affine)
     return stage, _Grid(size, scale, zero)
 
 
@@ -267,7 +276,7 @@ def _affine(
     scales = _channel_scale(weight)
     whole, steps = _whole(weight, bias, scales, scale_in)
     by = integer.scaling(scale_in * scales / scale_out)
-    return Affine(weight=whole, bias=steps, by=by, zero_out=zero_out, low=bounds[0], high=bounds[1])
+    return Affine(weight=whole, bias=steps, by=by, zero_out=zero_out, low=bounds[0], high=bounds[1], scale=scale_out)
 
 
 def _dense(
@@ -282,6 +291,14 @@ def _dense(
         weight, scales = _coarse(weight)
     whole, steps = _whole(weight, bias, scales, scale_in)
     return Dense(weight=whole, bias=steps, by=integer.wide_scaling(scale_in * scales / scale_out), bits=bits)
+
+
+def rounded(weight: Float64[np.ndarray, "o i"], bits: int) -> Float64[np.ndarray, "o i"]:
+    """Return a matrix's weights as integers have them."""
+    if bits == 4:
+        return _coarse(weight)[0]
+    by = _channel_scale(weight)[:, None]
+    return np.round(weight / by) * by
 
 
 def _coarse(

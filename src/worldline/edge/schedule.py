@@ -78,12 +78,7 @@ def plan_tiles(chain: Chain, num_tiled: int = 0, tile: tuple[int, int] = (1, 1),
         rows, columns = (_reach(stages[i], n, of) for n, of in zip((rows, columns), stages[i].size_in[:2], strict=True))
         kept[i] = (rows, columns)
     sizes = [r * c * stage.size_in[2] for (r, c), stage in zip(kept, stages, strict=True)]
-    # grid i is written while stage i - 1 runs and read while stage i does; where tiles are joined is written by all,
-    # and the picture is read by all of them
-    lives = [(max(0, i - 1), i) for i in range(len(stages))]
-    if num_tiled > 1:
-        lives[0], lives[num_tiled] = (0, num_tiled - 1), (0, num_tiled)
-    places = pack(sizes, lives)
+    places = pack(sizes, lives(len(stages), num_tiled))
     base = padded(start, _ALIGN)
     rings = [Ring(base + at, r, c, size) for at, (r, c), size in zip(places, kept, sizes, strict=True)]
     behind = padded(max((ring.at + ring.size for ring in rings), default=base), _ALIGN)
@@ -91,14 +86,26 @@ def plan_tiles(chain: Chain, num_tiled: int = 0, tile: tuple[int, int] = (1, 1),
     return _finish(chain, start, behind, rings, kind=2, num_tiled=num_tiled, tile=tile, macs=macs)
 
 
-def pack(sizes: list[int], lives: list[tuple[int, int]]) -> list[int]:
+def lives(num_stages: int, num_tiled: int) -> list[tuple[int, int]]:
+    """Return the first and the last stage that each stage's input is alive for.
+
+    Grid i is written while stage i - 1 runs and read while stage i does; where tiles are joined is written by all of
+    them, and the picture is read by all.
+    """
+    spans = [(max(0, i - 1), i) for i in range(num_stages)]
+    if num_tiled > 1:
+        spans[0], spans[num_tiled] = (0, num_tiled - 1), (0, num_tiled)
+    return spans
+
+
+def pack(sizes: list[int], spans: list[tuple[int, int]]) -> list[int]:
     """Return a place for each of some buffers, so that those alive at the same time do not overlap: largest first, each
     as low as it can lie."""
     places = [0] * len(sizes)
     done: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         others = sorted(
-            (places[j], places[j] + sizes[j]) for j in done if lives[i][0] <= lives[j][1] and lives[j][0] <= lives[i][1]
+            (places[j], places[j] + sizes[j]) for j in done if spans[i][0] <= spans[j][1] and spans[j][0] <= spans[i][1]
         )
         at = 0
         for low, high in others:

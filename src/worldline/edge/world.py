@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Int8, Int16, Int32, Int64, UInt8
+from numpy.typing import NDArray
 
 from worldline.core.errors import WorldlineError
 from worldline.edge import integer
@@ -68,6 +69,8 @@ class Drawing:
 
     matrix: Dense
     zero_out: int
+    scale: float = 1.0
+    """What a step of the output is worth; nothing is computed with it."""
 
     def run(self, z: Int16[np.ndarray, "b d"]) -> Int8[np.ndarray, "b o"]:
         return np.clip(self.matrix.run(z) + self.zero_out, self.zero_out, 127).astype(np.int8)
@@ -115,6 +118,11 @@ class Normalising:
         """Return native actions as `step` takes them."""
         steps = (np.clip(native.astype(np.float32), self.low, self.high) - self.mean) * self.factor + np.float32(0.5)
         return integer.saturate(np.floor(steps).astype(np.int64), 16).astype(np.int16)
+
+    def native(self, actions: Int16[np.ndarray, "*b a"]) -> Float32[np.ndarray, "*b a"]:
+        """Return the way back, in the actions' own units."""
+        values: NDArray[np.float32] = actions.astype(np.float32) / self.factor + self.mean
+        return np.clip(values, self.low, self.high)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

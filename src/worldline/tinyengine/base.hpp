@@ -67,13 +67,14 @@ inline int32_t finish(int32_t acc, const Channel& by, const Finish& to) {
   return clamp(requantise(acc, by.multiplier, by.shift) + to.zero, to.low, to.high);
 }
 
-// The sum over the count, rounded half away from zero.
+// The sum over the count, which is not 0, rounded half away from zero.
 inline int32_t average(int32_t total, int32_t count) {
+  // NOLINTNEXTLINE(clang-analyzer-core.DivideZero)
   return total > 0 ? (total + count / 2) / count : (total - count / 2) / count;
 }
 
 inline uint32_t load4(const void* from) {
-  uint32_t word;
+  uint32_t word = 0;
   __builtin_memcpy(&word, from, 4);
   return word;
 }

@@ -302,8 +302,8 @@ class RowStream {
   const uint8_t* program_ = nullptr;
   const Chain* chain_ = nullptr;
   uint8_t* arena_ = nullptr;
-  uint16_t received_[kMaxStages];
-  uint16_t made_[kMaxStages];
+  uint16_t received_[kMaxStages] = {};
+  uint16_t made_[kMaxStages] = {};
 };
 
 }  // namespace tinyengine

@@ -43,6 +43,8 @@ class World {
     return ready_ && header_->encoder_at != 0 ? encoder_.first().in_columns * encoder_.first().in_channels : 0;
   }
 
+  size_t picture_rows() const { return ready_ && header_->encoder_at != 0 ? encoder_.first().in_rows : 0; }
+
   // Take the next row of a picture, `row_bytes()` bytes, as a camera delivers it; the row is not kept. The row behind
   // the last one begins a new picture.
   Status push_row(const uint8_t* row) {
@@ -115,10 +117,23 @@ class World {
     }
     const Normalising* by = at<Normalising>(predictor_->actions_at);
     for (size_t i = 0; i < predictor_->action; ++i) {
-      if (!(native[i] == native[i])) {  // NaN
+      if (__builtin_isnan(native[i])) {
         return Status::bad_argument;
       }
       out[i] = whole(clamp(native[i], by[i].low, by[i].high), by[i]);
+    }
+    return Status::ok;
+  }
+
+  // The way back from the form that `step` takes.
+  Status native_action(const int16_t* action, float* native) const {
+    const Status status = usable(action);
+    if (status != Status::ok || native == nullptr) {
+      return status != Status::ok ? status : Status::bad_argument;
+    }
+    const Normalising* by = at<Normalising>(predictor_->actions_at);
+    for (size_t i = 0; i < predictor_->action; ++i) {
+      native[i] = clamp(static_cast<float>(action[i]) / by[i].factor + by[i].mean, by[i].low, by[i].high);
     }
     return Status::ok;
   }

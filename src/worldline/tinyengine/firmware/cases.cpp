@@ -19,6 +19,9 @@ struct Case {
   uint32_t program_bytes, arena_bytes, picture_bytes, result_bytes;
 };
 
+constexpr size_t kHead = 4;
+constexpr uint8_t kPaints[2] = {0xa5, 0x5a};  // a byte written with one of them differs from the other
+
 // What lies beyond it is not the room's: a sanitiser sees a step too far.
 uint8_t* last_of(uint8_t* room, size_t n) { return room + kRoom - padded(n, 16); }
 
@@ -51,10 +54,11 @@ Status run(const uint8_t* program, uint8_t* arena, size_t picture_bytes, uint32_
 
 }  // namespace
 
-// Per case: sizes, program and picture in; status, ticks, bytes of stack ever used and results out.
+// Per case: sizes, program and picture in; status, ticks, bytes of stack ever used, end of what was written in the
+// arena and results out.
 extern "C" int main() {
-  board::File in("cases.bin", 1);
-  board::File out("results.bin", 5);
+  const board::File in("cases.bin", 1);
+  const board::File out("results.bin", 5);
   Case sizes;
   while (in.read(&sizes, sizeof sizes)) {
     const bool fits = sizes.program_bytes <= kRoom && sizes.arena_bytes <= kRoom && sizes.picture_bytes <= kRoom &&
@@ -66,9 +70,15 @@ extern "C" int main() {
       return 1;
     }
     const Status status = take(program, sizes.program_bytes, arena, sizes.arena_bytes);
-    uint32_t head[3] = {static_cast<uint32_t>(status), 0, 0};
-    if (status == Status::ok) {
+    uint32_t head[kHead] = {static_cast<uint32_t>(status), 0, 0, 0};
+    for (size_t i = 0; status == Status::ok && i < 2; ++i) {
+      fill(reinterpret_cast<int8_t*>(arena), static_cast<int8_t>(kPaints[i]), sizes.arena_bytes);
       head[0] = static_cast<uint32_t>(run(program, arena, sizes.picture_bytes, head));
+      uint32_t end = sizes.arena_bytes;
+      while (end > head[3] && arena[end - 1] == kPaints[i]) {
+        --end;
+      }
+      head[3] = end;
     }
     head[2] = static_cast<uint32_t>(board::stack_used());
     if (!out.write(head, sizeof head) || !out.write(results, sizes.result_bytes)) {

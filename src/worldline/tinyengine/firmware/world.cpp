@@ -1,42 +1,18 @@
 // Runs a world by commands that come over semihosting: program.bin and commands.bin in, results.bin out.
 #include "../planner.hpp"
-#include "board.hpp"
-
-#if defined(TINYENGINE_LINKED)
-#include "world_program.hpp"
-#endif
+#include "image.hpp"
 
 using namespace tinyengine;
+using image::world;
 
 namespace {
 
-#ifndef TINYENGINE_PROGRAM_ROOM
-#define TINYENGINE_PROGRAM_ROOM (3 << 20)
-#endif
-#ifndef TINYENGINE_ARENA
-#define TINYENGINE_ARENA (1 << 18)
-#endif
-#if defined(TINYENGINE_LINKED)
-// in flash, as firmware has it
-const uint8_t* const program = reinterpret_cast<const uint8_t*>(world_program);
-#elif defined(TINYENGINE_PROGRAM_AT)
-// a place of its own where the board's RAM is too small
-uint8_t* const program = reinterpret_cast<uint8_t*>(TINYENGINE_PROGRAM_AT);
-#else
-alignas(16) uint8_t program_room[TINYENGINE_PROGRAM_ROOM];
-uint8_t* const program = program_room;
-#endif
-alignas(16) uint8_t arena[TINYENGINE_ARENA];
-
-constexpr size_t kMost = 256;      // values of a latent or an action
-constexpr size_t kRow = 4096;      // bytes of a row
+constexpr size_t kMost = image::kMost;
 constexpr size_t kMemory = 16384;  // of the planner
 int16_t values[kMost];
 int16_t planned[kMost];
 uint64_t cost;
 alignas(8) uint8_t memory[kMemory];
-uint8_t row[kRow];
-World world;
 
 enum Command : uint32_t { picture = 1, begin = 2, observe = 3, step = 4, decode = 5, region = 6, drift = 7, plan = 8 };
 
@@ -50,11 +26,11 @@ Status run(const board::File& in, const board::File& out, uint32_t command, uint
   if (command == picture) {
     uint64_t spent = 0;
     for (uint32_t y = 0; y < rows; ++y) {
-      if (world.row_bytes() > kRow || !in.read(row, world.row_bytes())) {
+      if (!in.read(image::row, world.row_bytes())) {
         return Status::bad_argument;
       }
       board::start_clock();
-      status = world.push_row(row);
+      status = world.push_row(image::row);
       spent += board::ticks();
     }
     board::start_clock();
@@ -66,10 +42,9 @@ Status run(const board::File& in, const board::File& out, uint32_t command, uint
     out.write(values, 2 * latent);
     return status;
   }
-  if (command == begin || command == observe || command == step || command == drift) {
-    if (!in.read(values, 2 * (command == step ? world.action_size() : latent))) {
-      return Status::bad_argument;
-    }
+  const bool given = command == begin || command == observe || command == step || command == drift;
+  if (given && !in.read(values, 2 * (command == step ? world.action_size() : latent))) {
+    return Status::bad_argument;
   }
   Budget budget = {};
   if (command == plan && (!in.read(&budget, sizeof budget) || !in.read(values, 2 * latent) ||
@@ -125,25 +100,13 @@ Status run(const board::File& in, const board::File& out, uint32_t command, uint
 // Commands are pairs (command, rows of a picture), each with its values behind it. Replies are status, ticks and
 // values; those of `decode` come behind the picture. At the end: the bytes of stack that were used.
 extern "C" int main() {
-  board::File in("commands.bin", 1);
-  board::File out("results.bin", 5);
-  uint32_t size = 0;
-  bool ready = in.read(&size, sizeof size);
-#if defined(TINYENGINE_LINKED)
-  size = kWorldProgramBytes;
-#else
-  board::File from("program.bin", 1);
-  ready = ready && size <= TINYENGINE_PROGRAM_ROOM && from.read(program, size);
-#endif
-  if (!ready) {
-    board::print("commands.bin or program.bin cannot be read, or the program is larger than its room\n");
-    return 1;
-  }
-  const Status status = world.init(program, size, arena, sizeof arena);
+  const board::File in("commands.bin", 1);
+  const board::File out("results.bin", 5);
+  const Status status = image::open(in);
   const uint32_t code = static_cast<uint32_t>(status);
   out.write(&code, sizeof code);
   uint32_t command[2];
-  if (status == Status::ok && world.latent_size() <= kMost && world.action_size() <= kMost) {
+  if (status == Status::ok) {
     while (in.read(command, sizeof command)) {
       if (run(in, out, command[0], command[1]) == Status::bad_argument) {
         board::print("commands.bin holds a command that is cut off or unknown\n");

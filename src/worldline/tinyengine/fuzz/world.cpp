@@ -56,7 +56,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       int16_t* z = static_cast<int16_t*>(calloc(8192, 2));
       uint8_t* row = static_cast<uint8_t*>(calloc(world.row_bytes() + 1, 1));
       alignas(8) static uint8_t memory[1 << 16];
-      uint32_t score;
+      uint32_t score = 0;
       for (size_t i = 0; i < 16; ++i) {
         switch (calls[i] % 8) {
           case 0:

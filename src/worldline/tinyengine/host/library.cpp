@@ -82,7 +82,7 @@ uint8_t tinyengine_decode(void* handle, const int16_t* z, size_t count, uint8_t*
             __builtin_memcpy(*to, row, n);
             *to += n;
           },
-          &frames);
+          static_cast<void*>(&frames));
     }
     if (status != Status::ok) {
       return code(status);

@@ -1,12 +1,14 @@
 // What an image wants of a Cortex-M board: files and an exit by semihosting, a count of instructions, the stack's
 // depth.
-#ifndef TINYENGINE_FIRMWARE_CORTEX_BOARD_HPP
-#define TINYENGINE_FIRMWARE_CORTEX_BOARD_HPP
+#ifndef TINYENGINE_FIRMWARE_SEMIHOSTING_BOARD_HPP
+#define TINYENGINE_FIRMWARE_SEMIHOSTING_BOARD_HPP
 
 #include <stddef.h>
 #include <stdint.h>
 
 namespace board {
+
+inline void open() {}
 
 inline int semihost(int operation, const void* arguments) {
   register int r0 asm("r0") = operation;

@@ -62,6 +62,7 @@ extern "C" __attribute__((optimize("no-tree-loop-distribute-patterns"))) void re
   for (uint32_t* to = &link_stack_low; to < &here; ++to) {
     *to = kPaint;
   }
+  board::open();
   board::leave(main());
 }
 
