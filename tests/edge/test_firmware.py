@@ -94,7 +94,7 @@ def test_an_image_is_served_over_a_serial_line(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as qemu:
         try:
             line = re.search(r"/dev/\S+", qemu.stdout.readline()).group()
-            serve = [sys.executable, str(TINYENGINE / "firmware/stm32f4/serve.py"), line]
+            serve = [sys.executable, str(TINYENGINE / "firmware/stm32f4/serve"), line]
             subprocess.run([*serve, str(tmp_path / "in"), str(tmp_path / "out")], check=True, timeout=300)
         finally:
             qemu.kill()

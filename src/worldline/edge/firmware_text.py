@@ -96,7 +96,7 @@ The beginning of each `tinyengine/firmware/*.cpp` says what its input and output
 cmake -S . -B build -DBOARD=nucleo-f429zi && cmake --build build
 st-flash --format ihex write build/observer.hex         # or:
 openocd -f board/st_nucleo_f4.cfg -c "program build/observer.elf verify reset exit"
-python3 tinyengine/firmware/stm32f4/serve.py /dev/ttyACM0 INPUT OUTPUT
+python3 tinyengine/firmware/stm32f4/serve /dev/ttyACM0 INPUT OUTPUT
 ```
 
 {board_tried} *Not run on hardware.* An STM32F4DISCOVERY (STM32F407, 1 MB of flash) has the same line on the pins PD8
