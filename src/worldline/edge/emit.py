@@ -21,9 +21,10 @@ from worldline.data.cache import FrameCache
 from worldline.data.lerobot import Dataset, open_dataset
 from worldline.edge.arena_picture import draw, world_panel
 from worldline.edge.firmware import TARGETS, run_in_qemu, write_firmware
+from worldline.edge.graph import Chain
 from worldline.edge.program import lay_out, write_world
 from worldline.edge.quantise import Calibration, quantise
-from worldline.edge.schedule import plan_rows
+from worldline.edge.schedule import pareto, plan_rows
 from worldline.edge.sensitivity import sensitivity
 from worldline.edge.world import IntegerWorld
 from worldline.model.checkpoint import find_world, load_world, read_card
@@ -53,6 +54,8 @@ class ExportConfig:
     """Rollouts of up to 100 steps that the recurrent latent's range is measured on."""
     seed: int = 0
     """Of the choice of frames and rollouts."""
+    ram_bytes: int = 128 * 1024
+    """RAM that the arena may take; a world that wants more is refused."""
 
 
 def export(config: ExportConfig, qemu: bool = False) -> Path:
@@ -74,11 +77,17 @@ def export(config: ExportConfig, qemu: bool = False) -> Path:
             f"{dataset.spec.name}; measure its ranges on data of its own world"
         )
     whole = quantise(world, calibration(world, dataset, config), config.bits)
+    if (wanted := lay_out(whole).size) > config.ram_bytes:
+        raise WorldlineError(
+            f"the arena takes {wanted:,} bytes of RAM, ram_bytes={config.ram_bytes:,} are allowed; no plan "
+            "wants less than rows; train with a smaller model.conv_width= or model.decoder_width="
+        )
     held_out = _windows(world, dataset, "validation", _VALIDATED, config.seed)
     cost = quality(world, whole, *held_out)
     at = f"error to truth after {cost['steps']} steps {cost['error_ratio']:.2f} of the float world's"
     print(f"held-out latents: cosine {cost['cosine_mean']:.4f} (worst percent {cost['cosine_p1']:.4f}); {at}")
     cost["layers"] = layer_costs(world, whole, *held_out)
+    print("plans of the encoder, bytes of RAM and times the multiplications: " + "; ".join(plans(whole.encoder)))
     measured = {"data": dataset.fingerprint} | {
         name: getattr(config, name) for name in ("bits", "frames", "rollouts", "seed")
     }
@@ -209,6 +218,15 @@ def _windows(
     return np.stack(seen), np.stack(actions)
 
 
+def plans(chain: Chain) -> list[str]:
+    """Return every plan worth having, in words: rows, then those that keep the picture and that no other beats."""
+    named = [("rows", plan_rows(chain))]
+    for plan in pareto(chain, keep_picture=True):
+        tiled = f"{plan.num_tiled} stages in tiles of {plan.tile[0]} x {plan.tile[1]}"
+        named.append((tiled if plan.num_tiled else "layer by layer", plan))
+    return [f"{name} {plan.size:,} x {plan.macs / chain.macs:.2f}" for name, plan in named]
+
+
 def sizes(world: IntegerWorld, program: bytes, arena_bytes: int) -> dict[str, Any]:
     """Return what the world takes: flash for the program, RAM for the arena, multiplications for each call."""
     p = world.predictor
@@ -221,6 +239,7 @@ def sizes(world: IntegerWorld, program: bytes, arena_bytes: int) -> dict[str, An
         "encode_macs": world.encoder.macs,
         "step_macs": step,
         "decode_macs": world.decoder.macs + world.drawing.matrix.weight.size,
+        "plans": plans(world.encoder),
     }
 
 

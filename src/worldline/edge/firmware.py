@@ -71,8 +71,9 @@ def write_firmware(
         for place, of in boards.items()
     )
     tried = "It was compiled when this was written, for that board." if ran and ran["line"] else ""
+    taken = {**sizes, "plans": "\n".join(f"- {told}" for told in sizes["plans"])}
     readme = firmware_text.README.format(
-        name=name, num_weights=world.num_weights, **sizes, row_bytes=world.encoder.stages[0].size_in[1] * 3,
+        name=name, num_weights=world.num_weights, **taken, row_bytes=world.encoder.stages[0].size_in[1] * 3,
         latent=len(world.predictor.change.weight), action=len(actions), actions=", ".join(actions), first=first,
         boards=rows, qemu=_told(ran), board_tried=tried, quality=_costs_of(quality),
     )  # fmt: skip

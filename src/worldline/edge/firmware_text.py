@@ -44,6 +44,10 @@ is. {num_weights:,} weights; the arithmetic is whole numbers only, and every bui
 | a step | {step_macs:,} |
 | drawing a latent | {decode_macs:,} |
 
+The encoder's plans, bytes of RAM and times the multiplications; this program takes rows, the others keep the picture:
+
+{plans}
+
 ![What lies where in the arena, and when](arena.svg)
 
 ## What the integers cost

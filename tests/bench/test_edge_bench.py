@@ -1,0 +1,37 @@
+"""TensorFlow Lite Micro's arena for a graph of ours is the one for the graph that a converter made."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from worldline.bench.edge import DS96, ideal, resized
+from worldline.edge.arena_picture import chain_panel, draw
+from worldline.edge.schedule import plan_rows, plan_tiles
+from worldline.edge.tflite import read_chain
+
+tflite_micro = pytest.importorskip("tflite_micro", reason="pip install --pre tflite-micro")
+
+
+def test_graphs_want_the_arena_that_converted_ones_want():
+    from worldline.bench.tflm import arena_bytes
+
+    chain = read_chain(DS96)
+    found = arena_bytes(chain, pads=True)
+    runtime, model = tflite_micro.runtime, DS96.read_bytes()
+    runtime.Interpreter.from_bytes(model, arena_size=found + 256)  # it holds its parts in other tensors
+    with pytest.raises(RuntimeError):
+        runtime.Interpreter.from_bytes(model, arena_size=found - 256)
+    assert arena_bytes(chain, pads=False) < 0.75 * found
+    small = resized(chain, 48)
+    assert small.run(np.zeros((1, 48, 48, 3), np.int8)).shape == (1, 64)
+    assert ideal(small) == ideal(chain) // 4
+
+
+def test_a_picture_shows_every_buffer():
+    chain = read_chain(DS96)
+    plans = [plan_rows(chain), plan_tiles(chain, 2, (8, 8))]
+    svg = draw([chain_panel(str(i), chain, plan) for i, plan in enumerate(plans)])
+    for plan in plans:
+        for ring in plan.rings:
+            assert f"{ring.size:,} bytes at {ring.at:,}</title>" in svg
