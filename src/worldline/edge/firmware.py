@@ -184,8 +184,7 @@ def _told(ran: dict[str, Any] | None) -> str:
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {name} | {of['flash_bytes']:,} | {of['ram_bytes']:,} | {of['stack_bytes'] or ran['stack_bytes']:,} | "
-        f"{of['bytes_equal']:,} |"
+        f"| {name} | {of['flash_bytes']:,} | {of['ram_bytes']:,} | {of['stack_bytes']:,} | {of['bytes_equal']:,} |"
         for name, of in ran["images"].items()
     ]
     return "\n".join(lines)

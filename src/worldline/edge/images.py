@@ -42,7 +42,7 @@ class Exchange:
     given: bytes
     """Its input, without the size of the program that comes first."""
     wanted: bytes
-    """Its output, without the bytes of stack that observer and planner say at the end."""
+    """Its output, without the bytes of stack that it says at the end."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,7 @@ def session(genesis: bytes, events: Sequence[Event]) -> bytes:
 def exchange(
     target: Board | None, image: Path, name: Name, given: bytes, program: bytes, timeout_s: float = 600.0
 ) -> tuple[bytes, int]:
-    """Run an image of `build.compile_image`; return its output, and the stack's depth in bytes (0 of the player, and
-    on this machine).
+    """Run an image of `build.compile_image`; return its output, and the stack's depth in bytes (0 on this machine).
 
     Raises:
         WorldlineError: the image failed.
@@ -148,8 +147,6 @@ def exchange(
     source.write_bytes(struct.pack("<I", len(program)) + given)
     build.run_image(target, image, timeout_s)
     found = to.read_bytes()
-    if name == "player":
-        return found, 0
     if len(found) < _STACK:
         raise WorldlineError(f"{image} gave back nothing")
     return found[:-_STACK], int.from_bytes(found[-_STACK:], "little")

@@ -89,6 +89,8 @@ extern "C" int main() {
     hash.finish(chain);
     out.write(chain, sizeof chain);
   }
+  const uint32_t stack = static_cast<uint32_t>(board::stack_used());
+  out.write(&stack, sizeof stack);
   out.close();
   return 0;
 }
