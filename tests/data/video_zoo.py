@@ -14,6 +14,8 @@ import av
 import numpy as np
 from PIL import Image
 
+from worldline.data.shard_work import SAME_BYTES
+
 FRAMES = 24
 
 
@@ -33,7 +35,7 @@ def encode(
     """Return a video's bytes; `options` are the container's."""
     with tempfile.NamedTemporaryFile() as file:
         with av.open(file.name, "w", format=form, options=options or {}) as container:
-            stream: Any = container.add_stream(codec, rate=Fraction(25), options={"g": str(gop), "threads": "1"})
+            stream: Any = container.add_stream(codec, rate=Fraction(25), options={"g": str(gop), **SAME_BYTES})
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
             for frame in frames:

@@ -23,6 +23,8 @@ from worldline.data.clips import IN_TABLES
 from worldline.data.footage import ArrayFootage, Fit, Footage, Unusable, VideoFootage, check_file
 from worldline.data.sources import Entry
 
+SAME_BYTES = {"threads": "1", "x264-params": "mbtree=0"}
+"""Under which x264 gives the same bytes for the same frames: its macroblock tree gave others every tenth time or so."""
 _DEATHS = 2
 """How often a process may die at an entry before the entry is left out."""
 
@@ -273,7 +275,7 @@ class _VideoSink(_Sink):
             self._temporary = self._atomic.__enter__()
             self._output = av.open(str(self._temporary), "w", format="mp4")
             rate = Fraction(footage.rate or 25).limit_denominator(1001)
-            options = {"crf": str(self.options["crf"]), "g": str(self.options["gop"]), "threads": "1"}
+            options = {"crf": str(self.options["crf"]), "g": str(self.options["gop"]), **SAME_BYTES}
             self._stream: Any = self._output.add_stream("libx264", rate=rate, options=options)
             self._stream.width, self._stream.height = self._fit.scaled(frame, even=True)
             self._stream.pix_fmt, self._unit = "yuv420p", 1 / rate
