@@ -34,6 +34,7 @@ from worldline.data.ingest import IngestConfig, ingest
 from worldline.data.lerobot import Dataset, open_dataset
 from worldline.data.order import Order
 
+_ENV, _EPISODE = "pusht", 160
 _NUM_FRAMES, _BATCH = 16, 16
 _VIDEOS = ("bikes.mp4", "cup.mp4", "vtest.avi")
 _GOPS = (1, 4, 12, 250)
@@ -101,7 +102,7 @@ def measure_readers(folder: Path, size: int, config: LoaderBenchConfig) -> dict[
     """Compare three readers on the same windows of the same episodes, after checking that all give the same pixels."""
     data = collect(
         CollectConfig(
-            env="pusht", path=str(folder / f"data{size}"), episodes=config.episodes, steps=160, image_size=size
+            env=_ENV, path=str(folder / f"data{size}"), episodes=config.episodes, steps=_EPISODE, image_size=size
         )
     )
     dataset = open_dataset(data)

@@ -1,12 +1,13 @@
 """Shards made by a Ray cluster; the only file of `data` that knows Ray. Every node must see the source and the result.
 
 A row is the number of a shard, whose plan lists paths; decoding happens in `map_batches`, in the same processes as
-without Ray, and clips go straight to the shared file system. A node that is lost takes nothing with it that is finished:
-its shards are made again elsewhere, to the same bytes.
+without Ray, and clips go straight to the shared file system. A node that is lost takes nothing with it that is
+finished: its other shards are made again elsewhere, to the same bytes.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def make_with_ray(root: Path, shards: list[int], address: str, done: Callable[[i
     ours = not ray.is_initialized()
     if ours:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
             raise WorldlineError(f"ray={address}: no cluster there ({error}); start one, or take ray=local") from None
     try:

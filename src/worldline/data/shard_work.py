@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import subprocess
 import sys
@@ -146,12 +147,11 @@ class _Reader:
     def __init__(self, plan: dict[str, Any]) -> None:
         self._layout, self._root, self._camera = plan["layout"], Path(plan["root"]), plan["identity"]["camera"]
         self._digests: dict[str, str] = {}
-        self._dataset: Any = None
 
     def identify(self, entry: Entry) -> tuple[int | None, str]:
         """Return size and SHA-256 of the file that an entry lies in; of a dataset, its fingerprint."""
         if self._layout == "lerobot":
-            return None, str(self._lerobot().fingerprint)
+            return None, str(_dataset(self._root, self._camera).fingerprint)
         path = self._root / entry.path
         check_file(path)
         if entry.path not in self._digests:
@@ -163,7 +163,7 @@ class _Reader:
 
     def open(self, entry: Entry) -> Footage:
         if self._layout == "lerobot":
-            dataset = self._lerobot()
+            dataset = _dataset(self._root, self._camera)
             try:
                 frames = dataset.read_episode(int(str(entry.episode))).frames
             except WorldlineError as error:
@@ -175,12 +175,13 @@ class _Reader:
             return ArrayFootage(read_episode(self._root / entry.path, str(entry.episode), self._camera), 1.0)
         return VideoFootage(self._root / entry.path)
 
-    def _lerobot(self) -> Any:
-        if self._dataset is None:
-            from worldline.data.lerobot import open_dataset
 
-            self._dataset = open_dataset(self._root, self._camera)
-        return self._dataset
+@functools.lru_cache(maxsize=1)
+def _dataset(root: Path, camera: str | None) -> Any:
+    """Open a dataset once for all shards of a process: its files are hashed when they are first read."""
+    from worldline.data.lerobot import open_dataset
+
+    return open_dataset(root, camera)
 
 
 class _Sink:
