@@ -132,6 +132,14 @@ def _plan_memory(config: Any, flags: set[str]) -> int:
     return 0
 
 
+def _bottleneck(config: Any, flags: set[str]) -> int:
+    from worldline.bench.bottleneck import run
+
+    started = time.monotonic()
+    wrote(run(config).parent, started)
+    return 0
+
+
 def _references(config: Any, flags: set[str]) -> int:
     from worldline.data.lerobot import open_dataset
     from worldline.train.references import make_references
@@ -525,6 +533,23 @@ COMMANDS: dict[str, Command] = {
             ),
             run=_plan_memory,
             config="worldline.train.memory:PlanMemoryConfig",
+        ),
+        Command(
+            name="bottleneck",
+            summary="what limits a pre-training: disk, decoding or computing; and what a stated machine would need",
+            about="""
+            Does every part of an update alone, in turns: bytes off the disk, pictures out of bytes, batches with nobody
+            to train, updates of one batch, everything together. The lowest ceiling names what limits. From what a clip
+            costs follow the cores, megabytes a second and hours of a larger machine.
+            """,
+            examples=(
+                ("worldline bottleneck datasets/k400", "on 8 H100 at 40% of their peak"),
+                ("worldline bottleneck datasets/k400 feed.threads=2 target.gpus=64 target.data_tb=2", "another one"),
+            ),
+            run=_bottleneck,
+            config="worldline.bench.bottleneck:BottleneckConfig",
+            path="data",
+            path_required=True,
         ),
         Command(
             name="references",

@@ -161,6 +161,13 @@ class CachedClips:
                 self._decode(target, clips[row])
         return clips
 
+    def pieces(self, ids: Int64[np.ndarray, " b"]) -> list[tuple[Path, int, int]]:
+        """Return where the bytes of each clip lie: file, offset, size."""
+        check_ids(ids, self.num_clips, self.path)
+        shards = np.searchsorted(self._firsts, ids, side="right") - 1
+        places = zip(shards.tolist(), self._index[ids].tolist(), strict=True)
+        return [(shard_path(self.path, shard), offset, size) for shard, (offset, size, _) in places]
+
     def _decode(self, data: memoryview, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
         start = 4 * self.num_frames
         for frame, end in zip(frames, np.frombuffer(data[:start], "<u4").tolist(), strict=True):

@@ -115,6 +115,11 @@ class Prefetcher(Generic[Item]):
         self._submit()
         return item
 
+    @property
+    def ready(self) -> int:
+        """Items that are made and wait to be taken."""
+        return sum(item.done() for item in self._ahead)
+
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._ahead.clear()

@@ -91,6 +91,11 @@ class Feed:
         """Time that training spent waiting for batches, in all."""
         return self._ahead.waited_seconds
 
+    @property
+    def ready(self) -> int:
+        """Batches that lie ready."""
+        return self._ahead.ready
+
     def __enter__(self) -> Feed:
         return self
 

@@ -124,7 +124,7 @@ def pretrain(config: PretrainConfig) -> Path:
         WorldlineError: clips, run directory or ranks do not fit, or the loss stopped being a finite number.
     """
     clips = open_clips(config.data)
-    _check(config, clips)
+    check_fit(config.data, clips, config.model)
     with open_ranks(config.device) as ranks, threads(config.threads), _opened(config, clips, ranks) as finished:
         if finished:
             _say(ranks, f"{config.path}: this run is finished already")
@@ -282,11 +282,14 @@ class Pretraining:
         self.ranks.wait()
 
 
-def _check(config: PretrainConfig, clips: Clips) -> None:
-    model = config.model
+def check_fit(data: Path, clips: Clips, model: VideoConfig) -> None:
+    """
+    Raises:
+        WorldlineError: the model wants other clips.
+    """
     if clips.num_frames != model.frames or clips.image_size < model.image_size:
         raise WorldlineError(
-            f"{config.data} has clips of {clips.num_frames} frames and {clips.image_size} pixels, the model wants "
+            f"{data} has clips of {clips.num_frames} frames and {clips.image_size} pixels, the model wants "
             f"{model.frames} and {model.image_size}; give model.frames={clips.num_frames} and "
             f"model.image_size={clips.image_size}, or ingest the videos anew"
         )
