@@ -16,7 +16,8 @@ COPY constraints.txt pyproject.toml README.md LICENSE ./
 RUN pip install --no-cache-dir --constraint constraints.txt \
     --extra-index-url "$TORCH_INDEX" torch
 COPY src ./src
-RUN pip install --no-cache-dir --constraint constraints.txt ".[envs]" \
+ARG EXTRAS=envs
+RUN pip install --no-cache-dir --constraint constraints.txt ".[$EXTRAS]" \
     && useradd --create-home worldline
 USER worldline
 WORKDIR /home/worldline
