@@ -82,6 +82,11 @@ def test_slow_updates_are_named(clips: Path, tmp_path: Path, monkeypatch: pytest
     assert need["clips_per_second"] == pytest.approx(wanted)
     assert need["mb_per_second"] == pytest.approx(wanted * result["bytes_per_clip"] / 1e6)
     assert need["epoch_hours"] == pytest.approx(2e12 / result["bytes_per_clip"] / wanted / 3600)
+    of_one, parameters = wanted / 8, result["target_parameters"]
+    moved = 7 / 8 * (8 * sum(parameters.values()) + 2 * parameters["encoder"]) / 1e9
+    assert need["moved_gb"] == pytest.approx(moved)
+    assert need["clips_to_hide_it"] == pytest.approx(moved / 50 * of_one)
+    assert demand(result, gpus=64)["clips_per_second"] == pytest.approx(8 * wanted)
     cheaper = copy.deepcopy(result)
     for turn in cheaper["timing"]["turns"]["decode"]:
         turn["cpu_seconds_per_clip"] /= 2

@@ -30,7 +30,7 @@ from worldline.core.result import write_result
 from worldline.data.clip_cache import CachedClips
 from worldline.data.clips import Clips, open_clips
 from worldline.data.order import Order
-from worldline.model.video import VideoConfig
+from worldline.model.video import MaskedVideo, VideoConfig
 from worldline.train.feed import Batch, Feed, FeedConfig
 from worldline.train.learner import Learner, LearnerConfig
 from worldline.train.loop import threads
@@ -56,13 +56,15 @@ class TargetConfig:
     sheet."""
     mfu: float = 0.4
     """Share of the peak that updates are to reach, counting only what is computed: hidden tokens cost nothing."""
+    network_gb_per_s: float = 50.0
+    """What each GPU can send and receive, 1e9 bytes a second; 50 is 400 Gbit/s."""
     data_tb: float = 2.0
     """How much data there is, in the form that was measured here, 1e12 bytes."""
 
     def __post_init__(self) -> None:
         require_at_least(self, {"gpus": 1}, "target.")
-        if min(self.tflops, self.mfu, self.data_tb) <= 0:
-            raise WorldlineError("target.tflops, target.mfu and target.data_tb must be positive")
+        if min(self.tflops, self.mfu, self.network_gb_per_s, self.data_tb) <= 0:
+            raise WorldlineError("target.tflops, mfu, network_gb_per_s and data_tb must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,7 @@ def run(config: BottleneckConfig) -> Path:
         "bytes_per_clip": parts.bytes_per_clip,
         "flops_per_clip": flops_per_clip(config.model, config.mask, config.learner),
         "target_flops_per_clip": flops_per_clip(config.target.model, config.mask, config.learner),
+        "target_parameters": count_parameters(config.target.model),
     }  # fmt: skip
     timing = {
         "turns": turns,
@@ -258,6 +261,14 @@ def flops_per_clip(model: VideoConfig, mask: MaskConfig, learner: LearnerConfig)
         with FlopCounterMode(display=False) as counter:
             learning.update(batch)
     return float(counter.get_total_flops()) / clips
+
+
+def count_parameters(model: VideoConfig) -> dict[str, int]:
+    """Return how many numbers encoder and predictor have."""
+    with torch.device("meta"):
+        made = MaskedVideo(model)
+    encoder = sum(parameter.numel() for parameter in made.encoder.parameters())
+    return {"encoder": encoder, "predictor": sum(parameter.numel() for parameter in made.parameters()) - encoder}
 
 
 def _gemm_flops(dtype: torch.dtype) -> float:

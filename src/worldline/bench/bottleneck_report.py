@@ -29,11 +29,25 @@ def limit(result: dict[str, Any]) -> str:
     return "read" if ceilings.get("read", np.inf) < ceilings["decode"] else "decode"
 
 
-def demand(result: dict[str, Any]) -> dict[str, float]:
-    """Return what the target needs: clips a second, cores that decode as this machine's do, megabytes a second."""
-    target = result["config"]["target"]
-    clips = target["gpus"] * target["tflops"] * 1e12 * target["mfu"] / result["target_flops_per_clip"]
-    found = {"clips_per_second": clips, "cores": clips * _cpu_seconds(result, "decode")}
+def demand(result: dict[str, Any], gpus: int | None = None) -> dict[str, float]:
+    """Return what the target needs, or as many GPUs of its kind: clips a second, cores that decode as this machine's
+    do, megabytes a second, and what sharding moves: gigabytes an update in and out of each GPU, and how many clips a
+    GPU must take at a time for computing to last as long.
+
+    Moved are the weights, gathered in bfloat16 for the forward and again for the backward pass, the averaged encoder's
+    once, and gradients, reduced in float32.
+    """
+    target, count = result["config"]["target"], gpus or result["config"]["target"]["gpus"]
+    of_one = target["tflops"] * 1e12 * target["mfu"] / result["target_flops_per_clip"]
+    clips = count * of_one
+    encoder, predictor = (result["target_parameters"][part] for part in ("encoder", "predictor"))
+    moved = ((2 + 2 + 4) * (encoder + predictor) + 2 * encoder) * (count - 1) / count
+    found = {
+        "clips_per_second": clips,
+        "cores": clips * _cpu_seconds(result, "decode"),
+        "moved_gb": moved / 1e9,
+        "clips_to_hide_it": moved / 1e9 / target["network_gb_per_s"] * of_one,
+    }
     if size := result["bytes_per_clip"]:
         found["mb_per_second"] = clips * size / 1e6
         found["epoch_hours"] = target["data_tb"] * 1e12 / size / clips / 3600
@@ -124,6 +138,10 @@ def _target(result: dict[str, Any]) -> list[str]:
             if "epoch_hours" in need
             else "."
         ),
+        "",
+        f"Its {sum(result['target_parameters'].values()) / 1e6:,.0f} million parameters sharded over all of them, an "
+        f"update moves {need['moved_gb']:.1f} GB in and out of each GPU. At {target['network_gb_per_s']:g} GB/s that "
+        f"takes as long as computing {need['clips_to_hide_it']:.1f} clips: with more of them a GPU it can be hidden.",
         "",
         "Arithmetic from this machine's costs, not a measurement: what its GPUs would really reach is *not yet "
         "measured*.",
