@@ -510,6 +510,7 @@ COMMANDS: dict[str, Command] = {
                 ("worldline pretrain clips/k400", "vit_tiny on what `worldline ingest` wrote there"),
                 ("torchrun --nproc-per-node=2 --max-restarts=3 -m worldline pretrain clips/k400", "two ranks"),
                 ("worldline pretrain clips/k400 ray.workers=2", "two workers of Ray, started again if one dies"),
+                ("worldline pretrain clips/k400 also=[clips/games] weights=[3,1]", "a mixture, three to one"),
                 ("worldline pretrain clips/k400 model=vit_base parallel.checkpointing=true", "a larger one"),
             ),
             run=_pretrain,

@@ -92,6 +92,15 @@ def test_lost_clips_are_told_and_change_nothing_else(
     assert read_curve(run)[-1] == pytest.approx(read_curve(whole)[-1], rel=0.1)
 
 
+def test_a_mixture_keeps_its_shares(tmp_path: Path) -> None:
+    config = replace(toy_config(tmp_path / "run", steps=4), also=(Path("more"),), weights=(3.0, 1.0))
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "batch_hash", lambda ids: seen.extend(ids.tolist()))
+        pretrain(config)
+    assert sum(clip >= ToyClips.num_clips for clip in seen) == len(seen) // 4 == 8
+
+
 def test_a_run_ends_when_nothing_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "open_clips", lambda path: ToyClips(broken=dict.fromkeys(range(24), 10**6)))
     with pytest.raises(WorldlineError, match="none of the clips of the last 4 updates could be read"):

@@ -92,14 +92,41 @@ class VideoEncoder(nn.Module):
     ) -> Float[Tensor, "b _ e"]:
         """Encode the `kept` tokens, or all; only those are computed. Tokens count along width, then height, time."""
         tubelets = _tubelets(clips, self.config)  # (b, n, pixels)
-        position = self.position.expand(len(clips), -1, -1)
         if kept is not None:
-            tubelets, position = _pick(tubelets, kept), _pick(position, kept)
-        x = self.embed(tubelets.float() / 127.5 - 1.0) + position
+            tubelets = _pick(tubelets, kept)
+        return self.encode(tubelets.float() / 127.5 - 1.0, kept)
+
+    def encode(
+        self, tubelets: Float[Tensor, "b k p"], kept: Int64[Tensor, "b k"] | None = None
+    ) -> Float[Tensor, "b k e"]:
+        """Encode tubelets with values in [-1, 1] that lie at the `kept` places, or at all."""
+        position = self.position.expand(len(tubelets), -1, -1)
+        x = self.embed(tubelets) + (position if kept is None else _pick(position, kept))
         for block in self.blocks:
             x = block(x)
         y: Tensor = self.norm(x)
         return y
+
+
+class PictureEncoder(nn.Module):
+    """Map pictures in [-1, 1] to latents by a video encoder that sees each as a clip of one tubelet, standing still.
+
+    Features keep their places: few channels of each, flattened, as the conv encoder does.
+    Source: V-JEPA 2-AC, arXiv 2506.09985, encodes each frame of a robot's video in this way.
+    """
+
+    def __init__(self, config: VideoConfig, latent_dim: int, channels: int) -> None:
+        super().__init__()
+        self.video = VideoEncoder(config)
+        self.narrow = nn.Linear(config.width, channels)
+        _, rows, cols = config.grid
+        self.linear = nn.Linear(channels * rows * cols, latent_dim)
+
+    def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        config = self.video.config
+        still = x.permute(0, 2, 3, 1)[:, None].expand(-1, config.tubelet, -1, -1, -1)
+        z: Tensor = self.linear(self.narrow(self.video.encode(_tubelets(still, config))).flatten(1))
+        return z
 
 
 class MaskedVideo(nn.Module):
@@ -184,7 +211,7 @@ def load_encoder(directory: str | Path) -> VideoEncoder:
 
 
 def _tubelets(clips: Tensor, config: VideoConfig) -> Tensor:
-    """Cut clips into tubelets, each as one row of bytes."""
+    """Cut clips into tubelets, each as one row."""
     wanted = (config.frames, config.image_size, config.image_size, 3)
     if tuple(clips.shape[1:]) != wanted:
         raise WorldlineError(f"this encoder sees clips of shape {wanted}, got {tuple(clips.shape[1:])}; cut them first")

@@ -20,6 +20,7 @@ from worldline.model.decoder import ConvDecoder
 from worldline.model.estimator import Estimate, Track
 from worldline.model.gauge import Gauge
 from worldline.model.predictor import GRUPredictor, TransformerPredictor
+from worldline.model.video import PictureEncoder, VideoConfig
 from worldline.model.vit import ViTEncoder
 
 _REACH = 3.0  # latents are standardised
@@ -44,11 +45,12 @@ class WorldConfig:
     levels: int = 31
     """Of `projection=quantise`."""
 
-    encoder: Literal["conv", "vit"] = "conv"
+    encoder: Literal["conv", "vit", "video"] = "conv"
+    """`video` is a ViT over tubelets, as `worldline pretrain` trains it, that sees each picture standing still."""
     conv_width: int = 16
     """Channels of the stem; the blocks have 2 and 4 times as many."""
     conv_head: int = 16
-    """Channels of the grid that is flattened into the latent."""
+    """Channels of the grid that is flattened into the latent; encoder=video has such a grid too."""
     vit_patch: int = 8
     """Pixels along a side of a ViT's patch."""
     vit_width: int = 192
@@ -57,6 +59,8 @@ class WorldConfig:
     """Blocks of the ViT encoder."""
     vit_heads: int = 3
     """Attention heads of the ViT encoder."""
+    vit_tubelet: int = 2
+    """Frames of a tubelet (encoder=video only)."""
 
     predictor: Literal["gru", "transformer"] = "gru"
     hidden: int = 448
@@ -76,9 +80,10 @@ class WorldConfig:
     def __post_init__(self) -> None:
         if self.image_size % 16 or self.image_size <= 0:
             raise WorldlineError(f"image_size must be a positive multiple of 16, got {self.image_size}")
-        if self.encoder not in ("conv", "vit") or self.predictor not in ("gru", "transformer"):
+        if self.encoder not in ("conv", "vit", "video") or self.predictor not in ("gru", "transformer"):
             raise WorldlineError(
-                f"encoder must be conv or vit, predictor gru or transformer, got {self.encoder!r}, {self.predictor!r}"
+                "encoder must be conv, vit or video, predictor gru or transformer, got "
+                f"{self.encoder!r}, {self.predictor!r}"
             )
         if self.projection not in ("none", "normalise", "quantise") or self.levels < 2:
             raise WorldlineError(
@@ -87,7 +92,7 @@ class WorldConfig:
             )
         if self.context < 1 or self.window < 2:
             raise WorldlineError(f"context must be at least 1 and window 2, got {self.context}, {self.window}")
-        if self.encoder == "vit" and self.image_size % self.vit_patch:
+        if self.encoder != "conv" and self.image_size % self.vit_patch:
             raise WorldlineError(f"vit_patch must divide image_size {self.image_size}, got {self.vit_patch}")
         for width, heads in (
             (self.vit_width, self.vit_heads),
@@ -273,6 +278,17 @@ def _make_encoder(config: WorldConfig) -> nn.Module:
             width=config.conv_width,
             head_channels=config.conv_head,
         )
+    if config.encoder == "video":
+        video = VideoConfig(
+            image_size=config.image_size,
+            frames=config.vit_tubelet,
+            patch=config.vit_patch,
+            tubelet=config.vit_tubelet,
+            width=config.vit_width,
+            depth=config.vit_depth,
+            heads=config.vit_heads,
+        )
+        return PictureEncoder(video, config.latent_dim, config.conv_head)
     return ViTEncoder(
         image_size=config.image_size,
         latent_dim=config.latent_dim,

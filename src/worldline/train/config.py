@@ -192,6 +192,11 @@ class TrainConfig:
     encoder: Path | None = None
     """A checkpoint or run whose encoder and decoder are where training starts, instead of new ones. With joint.steps=0
     they stay as they are, and predictors trained in different ways can be compared on the same latents."""
+    pretrained: Path | None = None
+    """A finished `worldline pretrain` run whose encoder the world sees with; model.encoder and model.vit_* are then
+    its."""
+    tune: float = 0.0
+    """Learning rate of the pretrained weights over lr_encoder; 0 leaves them as they are."""
     joint: StageConfig = field(default_factory=_joint)
     """Encoder and predictor, and with `grounding` the decoder, on pictures."""
     frozen: StageConfig = field(default_factory=_frozen)
@@ -227,6 +232,10 @@ class TrainConfig:
             raise WorldlineError(
                 "frozen.rollout_inverse reads rollouts by the head that frozen.inverse_dynamics trains; give both"
             )
+        if self.pretrained is not None and self.encoder is not None:
+            raise WorldlineError("encoder and pretrained both say what the world sees with; give one of them")
+        if not 0.0 <= self.tune <= 1.0:
+            raise WorldlineError(f"tune must lie between 0 and 1, got {self.tune}")
         if self.frozen.target_stride != 1:
             raise WorldlineError("the frozen stage has every latent at hand; its target_stride must be 1")
 
@@ -236,6 +245,7 @@ class TrainConfig:
             "data": str(self.data),
             "path": str(self.path),
             "encoder": self.encoder and str(self.encoder),
+            "pretrained": self.pretrained and str(self.pretrained),
         }
         return dict(json.loads(json.dumps(data)))
 

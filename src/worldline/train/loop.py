@@ -47,10 +47,11 @@ from worldline.train.estimate import fit_estimator, rollout_steps
 from worldline.train.features import PictureFeatures
 from worldline.train.geometry import Geometry, measure_geometry
 from worldline.train.losses import warmup_cosine
-from worldline.train.objective import Heads, Terms, frozen_terms, joint_terms, weighted_sum
+from worldline.train.modules import encoder_parts, new_modules
+from worldline.train.objective import Terms, frozen_terms, joint_terms, weighted_sum
 from worldline.train.tracking import Tracker, flatten, open_tracker
 from worldline.train.validate import Validation
-from worldline.train.windows import FrozenWindows, JointWindows, action_statistics, encode_frames, sample_frames
+from worldline.train.windows import FrozenWindows, JointWindows, encode_frames, sample_frames
 
 __all__ = ["TrainConfig", "train"]
 
@@ -91,7 +92,7 @@ class Training:
         self.background = torch.from_numpy(background.astype(np.float32)).to(config.device)
         self.features = PictureFeatures(sample) if config.joint.features and config.joint.steps else None
         source = None if config.encoder is None else load_world(config.encoder)
-        self.world, self.heads = _new_modules(config, dataset, self.features, source)
+        self.world, self.heads = new_modules(config, dataset, self.features, source)
         self.geometry: Geometry | None = None
         self.average: World | None = None
         self.optimizer: torch.optim.AdamW | None = None
@@ -188,7 +189,7 @@ class Training:
         """
         joint = name == "joint"
         parts: list[tuple[nn.Module | None, float]] = [
-            (self.world.encoder if joint else None, stage.lr_encoder),
+            *(encoder_parts(self.world.encoder, stage.lr_encoder, self.config) if joint else ()),
             (self.world.predictor, stage.lr_predictor),
             (self.world.decoder if joint or stage.grounding else None, stage.lr_decoder),
             (self.heads if joint else self.heads.inverse if stage.inverse_dynamics else None, stage.lr_encoder),
@@ -299,37 +300,6 @@ class Training:
         )
         print(f"{self.config.path}: best at step {self.best_step} of {self.step} ({shown})")
         print("  best/, last/: checkpoints; metrics.jsonl, timing.jsonl: curves; result.json: figures and provenance")
-
-
-def _new_modules(
-    config: TrainConfig, dataset: Dataset, features: PictureFeatures | None, source: World | None
-) -> tuple[World, Heads]:
-    """Make a world with weights that only the seed decides, and the heads that its training wants."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(config.seed, "weights"))
-        world = World(config.model, dataset.spec)
-        size = 0 if features is None else sum(features.sizes)
-        heads = Heads(
-            inverse=bool(config.joint.inverse_dynamics or config.frozen.inverse_dynamics),
-            latent_dim=config.model.latent_dim,
-            action_dim=dataset.spec.action_dim,
-            features=size,
-        )
-    mean, std = action_statistics(dataset)
-    world.set_action_statistics(torch.from_numpy(mean), torch.from_numpy(std))
-    if source is not None:
-        _take_encoder(world, source, config.encoder)
-    return world.to(config.device), heads.to(config.device)
-
-
-def _take_encoder(world: World, source: World, checkpoint: Path | None) -> None:
-    """Copy encoder, latent norm and decoder of the world that `checkpoint` holds."""
-    for name in ("encoder", "latent_norm", "decoder"):
-        ours, theirs = getattr(world, name), getattr(source, name).state_dict()
-        shapes = {key: tensor.shape for key, tensor in theirs.items()}
-        if {key: tensor.shape for key, tensor in ours.state_dict().items()} != shapes:
-            raise WorldlineError(f"{checkpoint}: its {name} does not fit this run's; give the same model.* options")
-        ours.load_state_dict(theirs)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from worldline.core.errors import WorldlineError, require_at_least
 from worldline.core.memory import keep_freed_memory
 from worldline.core.progress import progress
 from worldline.core.result import provenance, write_result
-from worldline.data.clips import Clips, open_clips
+from worldline.data.clips import Clips, JoinedClips, open_clips
 from worldline.data.order import Order, batch_hash
 from worldline.model.video import VideoConfig, save_encoder
 from worldline.train.checkpoint import (
@@ -52,7 +52,7 @@ from worldline.train.parallel import ParallelConfig, Ranks, open_ranks
 from worldline.train.shards import Shards
 
 BATCHES, LOST = "batches.jsonl", "lost.jsonl"
-_FREE = ("path", "data", "threads", "device", "parallel", "feed", "ray", "log_every", "checkpoint_every")
+_FREE = ("path", "data", "also", "threads", "device", "parallel", "feed", "ray", "log_every", "checkpoint_every")
 """Options that may differ when a run is resumed: where and how, not what."""
 
 
@@ -75,6 +75,10 @@ class PretrainConfig:
 
     data: Path
     """The clips: what `worldline ingest` wrote."""
+    also: tuple[Path, ...] = ()
+    """Further clips of the same shape, mixed in."""
+    weights: tuple[float, ...] = ()
+    """Share of each in the order of data and also, exact over every 10,000 clips; none is by their sizes."""
     path: Path
     """The run directory to write. An unfinished run there goes on where it stopped; a finished one is never touched."""
     model: VideoConfig = field(default_factory=VideoConfig)
@@ -123,7 +127,8 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises:
         WorldlineError: clips, run directory or ranks do not fit, or the loss stopped being a finite number.
     """
-    clips = open_clips(config.data)
+    parts = [open_clips(path) for path in (config.data, *config.also)]
+    clips = JoinedClips(parts) if len(parts) > 1 else parts[0]
     check_fit(config.data, clips, config.model)
     with open_ranks(config.device) as ranks, threads(config.threads), _opened(config, clips, ranks) as finished:
         if finished:
@@ -145,7 +150,8 @@ class Pretraining:
             )
         keep_freed_memory()
         self.config, self.clips, self.ranks = config, clips, ranks
-        self.order = Order(clips.num_clips, batch=config.batch, seed=config.seed)
+        sizes = clips.sizes if isinstance(clips, JoinedClips) else (clips.num_clips,)
+        self.order = Order(sizes, config.batch, config.seed, config.weights or None)
         self.learner = Learner(
             config.model, config.mask, config.learner, config.parallel, ranks, seed=config.seed, device=config.device
         )
