@@ -16,7 +16,7 @@ work = launcher._work
 
 class SlowClips(ToyClips):
     def read(self, ids: np.ndarray) -> np.ndarray:
-        time.sleep(0.2)
+        time.sleep(0.05)
         return super().read(ids)
 
 

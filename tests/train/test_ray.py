@@ -31,7 +31,8 @@ def test_a_killed_worker_is_started_again_and_sees_the_same_batches(tmp_path: Pa
             os.kill(int((run / ".lock").read_text()), signal.SIGKILL)  # rank 0, wherever Ray has put it
             status = process.wait(timeout=400)
         finally:
-            process.kill()
+            process.terminate()  # if it is still there; Ray's own processes end with it
+            process.wait(timeout=60)
     assert status == 0, (tmp_path / "log").read_text()
     record = json.loads(CURVE.read_text())
     found = [json.loads(line)["batch"] for line in (run / "batches.jsonl").read_text().splitlines()]
