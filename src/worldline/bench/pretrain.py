@@ -43,6 +43,7 @@ class PretrainBenchConfig:
     probes: int = 3
     """Probes with seeds of their own; their errors are averaged."""
     seed: int = 0
+    """Of the clips, the first weights and the draws."""
     threads: int = 1
     """CPU threads."""
     reports: Path = Path("reports")

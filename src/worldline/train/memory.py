@@ -7,9 +7,10 @@ context, the libraries' workspaces, and holes between blocks, is not: that is wh
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -97,23 +98,35 @@ def plan_memory(config: PlanMemoryConfig) -> list[Choice]:
     room = (config.memory_gb - config.reserve_gb) * GB
     found = []
     for checkpointing in (False, True):
-        needs: dict[int, Need] = {}
-
-        def need(clips: int, checkpointing: bool = checkpointing, needs: dict[int, Need] = needs) -> Need:
-            if clips not in needs:
-                parallel = ParallelConfig(checkpointing=checkpointing)
-                needs[clips] = rank_needs(config.model, config.mask, config.learner, parallel, config.gpus, clips)
-            return needs[clips]
-
+        parallel = ParallelConfig(checkpointing=checkpointing)
+        need = cache(partial(rank_needs, config.model, config.mask, config.learner, parallel, config.gpus))
         for offload in (False, True):
-            one, two = (need(clips).on_device(offload) for clips in (1, 2))
-            # bytes grow evenly with clips; what the line says is then looked at
-            clips = min(_LARGEST, int(1 + (room - one) // max(1, two - one))) if one <= room else 0
-            while clips and need(clips).on_device(offload) > room:
-                clips -= 1
-            choice = Choice(checkpointing=checkpointing, offload=offload, clips=clips, need=need(max(1, clips)))
-            found.append(choice)
+            clips = _most(need, offload, room)
+            found.append(Choice(checkpointing=checkpointing, offload=offload, clips=clips, need=need(max(1, clips))))
     return found
+
+
+def _most(need: Callable[[int], Need], offload: bool, room: float) -> int:
+    """Return the most clips whose bytes fit, within a thirtieth; bytes grow nearly evenly, so that lines lead there."""
+
+    def size(clips: int) -> int:
+        return need(clips).on_device(offload)
+
+    if size(1) > room:
+        return 0
+    fits, too_many = 1, _LARGEST + 1
+    guess = int(1 + (room - size(1)) // max(1, size(2) - size(1)))
+    while too_many - fits > max(1, fits // 32):
+        guess = min(max(guess, fits + 1), too_many - 1)
+        if size(guess) <= room:
+            fits = guess
+        else:
+            too_many = guess
+        if too_many > _LARGEST:
+            guess = fits + max(1, fits // 32)
+        else:
+            guess = int(fits + (room - size(fits)) * (too_many - fits) // (size(too_many) - size(fits)))
+    return fits
 
 
 def rank_needs(
