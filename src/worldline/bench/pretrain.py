@@ -89,7 +89,7 @@ def run(config: PretrainBenchConfig) -> Path:
                 }
             errors[name] = _errors(head, z, state, config.probes)
         truth = split_factors(state["test"], head.factors)
-        spread = {f.name: squared_error(head.mean[f.name], truth[f.name]) for f in head.factors}
+        spread = {name: squared_error(np.broadcast_to(head.mean[name], x.shape), x) for name, x in truth.items()}
         figures = {
             "encoder": read_json(config.encoder / CARD)["training"],
             "data": {"name": dataset.spec.name, "fingerprint": dataset.fingerprint, "episodes": dataset.num_episodes},
