@@ -17,7 +17,7 @@ from worldline.core.files import read_json
 from worldline.core.native import TINYENGINE
 from worldline.edge import build, firmware, images
 from worldline.edge.build import BOARDS
-from worldline.edge.emit import write_bundle, write_table
+from worldline.edge.emit import write_bundle, write_tables
 from worldline.edge.program import write_world
 from worldline.model.int8 import MANIFEST
 
@@ -43,13 +43,15 @@ def _changed(whole):
     return replace(whole.encoder, end=replace(end, matrix=replace(end.matrix, bias=end.matrix.bias + 5000)))
 
 
+def tables(whole, folder: Path) -> dict[str, int]:
+    return {"program_bytes": len(write_world(whole)[0]), "watching_bytes": len(write_tables(folder, whole))}
+
+
 @pytest.mark.cortex
 def test_images_give_the_references_bytes_in_qemu(tmp_path):
     """On a board whose flash is too small for a program, which lies beside it."""
     _, whole = little_worlds("none", 8)
-    program, arena = write_world(whole)
-    write_table(tmp_path, program, arena)
-    found = firmware.run_in_qemu(whole, program, arena, tmp_path, "cortex-m55")
+    found = firmware.run_in_qemu(whole, tables(whole, tmp_path), tmp_path, "cortex-m55")
     assert {name: of["bytes_equal"] for name, of in found["images"].items()} == {
         e.name: len(e.wanted) for e in firmware.exchanges(whole)
     }
@@ -62,17 +64,26 @@ def test_a_bundle_compiles_by_itself_and_was_tried(tmp_path):
     checkpoint = little_bundle(world, whole, tmp_path) / "checkpoint"
     tried = write_bundle(tmp_path / "tried", checkpoint, whole, {}, target="cortex-m4", qemu=True)
     ran, readme = read_json(tried / MANIFEST)["qemu"], (tried / "README.md").read_text()
-    assert ran["machine"] == "netduinoplus2"
+    assert {of["machine"] for of in ran["images"].values()} == {"netduinoplus2"}
     assert set(ran["line"]) == set(ran["images"]) == {"observer", "planner", "player"}
     for name, of in ran["images"].items():
-        assert f"| {name} | {of['flash_bytes']:,} | {of['ram_bytes']:,} |" in readme
+        assert f"| {name} | netduinoplus2 | {of['flash_bytes']:,} | {of['ram_bytes']:,} |" in readme
     for board in ("stm32f405", firmware.LINE):
         settings = (tried / "boards" / board / "board.cmake").read_text()
         flags = re.search(r"set\(FLAGS (.*)\)", settings).group(1).split()
         files = "tinyengine/firmware/" + re.search(r"set\(FILES (.*)\)", settings).group(1)
         image = tmp_path / f"{board}.elf"
-        sources = ["tinyengine/firmware/planner.cpp", "tinyengine/firmware/startup.cpp", "world_program.cpp"]
-        command = ["arm-none-eabi-g++", *flags, "-DTINYENGINE_LINKED", "-I.", "-I", files, "-L", f"boards/{board}"]
+        sources = ["tinyengine/firmware/planner.cpp", "tinyengine/firmware/startup.cpp", "watching/world_program.cpp"]
+        command = [
+            "arm-none-eabi-g++",
+            *flags,
+            "-DTINYENGINE_LINKED",
+            "-Iwatching",
+            "-I",
+            files,
+            "-L",
+            f"boards/{board}",
+        ]
         command += ["-Ttinyengine/firmware/link.ld", *sources, "-o", str(image)]
         subprocess.run(command, cwd=tried, check=True)
         symbols = subprocess.run(["arm-none-eabi-nm", str(image)], capture_output=True, text=True, check=True).stdout
@@ -84,10 +95,9 @@ def test_a_bundle_compiles_by_itself_and_was_tried(tmp_path):
 def test_an_image_is_served_over_a_serial_line(tmp_path):
     """The registers of an STM32F4's USART3, as QEMU has them, and the script that a bundle brings."""
     _, whole = little_worlds("none", 8)
-    program, arena = write_world(whole)
-    write_table(tmp_path, program, arena)
+    tables(whole, tmp_path)
     board, asked = replace(BOARDS["stm32f405"], line=True), firmware.exchanges(whole, 3)[0]
-    image = build.compile_image(asked.name, board, tmp_path, arena, table=tmp_path)
+    image = build.compile_image(asked.name, board, tmp_path, 0, table=firmware.table_of(asked.name, tmp_path))
     firmware.no_breakpoints(image)
     (tmp_path / "in").write_bytes(struct.pack("<I", 0) + asked.given)
     command = [*build.qemu(board, image), "-serial", "null", "-serial", "null", "-serial", "pty"]

@@ -142,7 +142,7 @@ def _encode(timing: dict[str, Any]) -> list[str]:
     low, high = found["interval"]
     return [
         f"A picture to its latent on this machine, in turns with LiteRT's interpreter on a graph of the same sizes "
-        f"(one thread each): {1 / found['ratio']:.2f} [{1 / high:.2f}, {1 / low:.2f}] times as many."
+        f"(one thread each): {1 / found['ratio']:.2f} [{1 / high:.2f}, {1 / low:.2f}] times the pictures/s."
     ]
 
 

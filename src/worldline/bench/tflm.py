@@ -15,6 +15,11 @@ from worldline.edge.graph import Affine, Average, Chain, Flatten, Stage
 
 _INT8, _INT32 = 9, 2
 _SAME, _VALID = 0, 1
+_VERSIONS = {
+    "CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 4, "AVERAGE_POOL_2D": 2, "PAD": 2, "RESHAPE": 1,
+    "RESIZE_NEAREST_NEIGHBOR": 2,
+}  # fmt: skip
+"""Of each operator, the one that brought int8."""
 
 
 def arena_bytes(chain: Chain, pads: bool) -> int:
@@ -165,7 +170,7 @@ class _Graph:
         for name in self.codes:
             code = schema.OperatorCodeT()
             code.builtinCode = getattr(schema.BuiltinOperator, name)
-            code.deprecatedBuiltinCode, code.version = min(code.builtinCode, 127), 3
+            code.deprecatedBuiltinCode, code.version = min(code.builtinCode, 127), _VERSIONS[name]
             model.operatorCodes.append(code)
         builder = flatbuffers.Builder(1 << 16)
         builder.Finish(model.Pack(builder), b"TFL3")

@@ -125,10 +125,11 @@ def compile_image(
 ) -> Path:
     """Compile an image of firmware/ for a board, or (None) for this machine.
 
-    With `table`, a folder with `world_program.cpp`, a board has that program in flash; else it is read from a file.
+    With `table`, a folder with `world_program.cpp`, a board has that program in flash, and the arena is the one it
+    wants; else it is read from a file.
     """
     image, source = folder / f"{name}.elf", TINYENGINE / f"firmware/{name}.cpp"
-    options = (f"-DTINYENGINE_ARENA={arena_bytes}", *options)
+    options = (*options, *([] if table is not None else [f"-DTINYENGINE_ARENA={arena_bytes}"]))
     folder.mkdir(parents=True, exist_ok=True)
     if target is None:
         compile_host([source], image, options)

@@ -20,7 +20,7 @@ from worldline.core.seeding import rng_for
 from worldline.data.cache import FrameCache
 from worldline.data.lerobot import Dataset, open_dataset
 from worldline.edge.arena_picture import draw, world_panel
-from worldline.edge.firmware import TARGETS, run_in_qemu, write_firmware
+from worldline.edge.firmware import TARGETS, WATCHING, run_in_qemu, write_firmware
 from worldline.edge.graph import Chain
 from worldline.edge.program import lay_out, write_world
 from worldline.edge.quantise import Calibration, quantise
@@ -227,12 +227,13 @@ def plans(chain: Chain) -> list[str]:
     return [f"{name} {plan.size:,} x {plan.macs / chain.macs:.2f}" for name, plan in named]
 
 
-def sizes(world: IntegerWorld, program: bytes, arena_bytes: int) -> dict[str, Any]:
+def sizes(world: IntegerWorld, program: bytes, watching: bytes, arena_bytes: int) -> dict[str, Any]:
     """Return what the world takes: flash for the program, RAM for the arena, multiplications for each call."""
     p = world.predictor
     step = sum(m.weight.size for m in (p.embed, p.input_gates, p.hidden_gates, p.from_hidden, p.from_input, p.change))
     return {
         "program_bytes": len(program),
+        "watching_bytes": len(watching),
         "arena_bytes": arena_bytes,
         "encoder_arena_bytes": plan_rows(world.encoder).size,
         "decoder_arena_bytes": plan_rows(world.decoder).size,
@@ -248,11 +249,11 @@ def _write(out: Path, checkpoint: Path, world: IntegerWorld, measured: dict[str,
     out.mkdir(parents=True)
     shutil.copytree(checkpoint, out / CHECKPOINT, ignore=shutil.ignore_patterns("training.*"))
     write_bytes(out / PROGRAM, program)
-    write_table(out, program, arena_bytes)
+    watching = write_tables(out, world)
     panel = world_panel("Arena", world.encoder, world.decoder, lay_out(world))
     write_bytes(out / "arena.svg", draw([panel]).encode())
-    spec, taken = read_card(checkpoint)["spec"], sizes(world, program, arena_bytes)
-    ran = run_in_qemu(world, program, arena_bytes, out, target) if qemu else None
+    spec, taken = read_card(checkpoint)["spec"], sizes(world, program, watching, arena_bytes)
+    ran = run_in_qemu(world, taken, out, target) if qemu else None
     write_firmware(out, world, spec["name"], tuple(spec["action_names"]), target, taken, ran, measured["quality"])
     files = sorted(path for path in out.rglob("*") if path.is_file())
     manifest = {
@@ -269,6 +270,15 @@ def _write(out: Path, checkpoint: Path, world: IntegerWorld, measured: dict[str,
         "provenance": provenance(),
     }
     write_json(out / MANIFEST, manifest)
+
+
+def write_tables(out: Path, world: IntegerWorld) -> bytes:
+    """Write a world's program as a table of constants, and another without the decoder, which is returned."""
+    write_table(out, *write_world(world))
+    (out / WATCHING).mkdir(parents=True, exist_ok=True)
+    watching, arena_bytes = write_world(world, decoder=False)
+    write_table(out / WATCHING, watching, arena_bytes)
+    return watching
 
 
 def write_table(out: Path, program: bytes, arena_bytes: int) -> None:

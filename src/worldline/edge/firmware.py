@@ -16,7 +16,7 @@ from worldline.core.native import TINYENGINE
 from worldline.edge import build, commands, firmware_text, images
 from worldline.edge.build import BOARDS, Board
 from worldline.edge.commands import Command
-from worldline.edge.images import Event, Exchange
+from worldline.edge.images import FILES, Event, Exchange, Name
 from worldline.edge.planner import Budget
 from worldline.edge.world import IntegerWorld
 
@@ -28,6 +28,8 @@ TARGETS = {
 }
 """The boards of QEMU that stand for each, the smallest first."""
 LINE = "nucleo-f429zi"
+WATCHING = "watching"
+"""The folder of the table without the decoder, which observer and planner have in flash."""
 _CODE = 32 * 1024
 _BUDGET = Budget(samples=8, elites=2, iterations=2, horizon=3, seed=1, spread=4000, least=100)
 
@@ -49,28 +51,39 @@ def board_for(target: str, program_bytes: int) -> tuple[str, Board]:
     )
 
 
+def table_of(name: Name, table: Path) -> Path:
+    """Return the folder of the table that an image has in flash."""
+    return table if name == "player" else table / WATCHING
+
+
 def write_firmware(
     out: Path, world: IntegerWorld, name: str, actions: tuple[str, ...], target: str, sizes: dict[str, Any],
     ran: dict[str, Any] | None, quality: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Copy TinyEngine's sources beside the program's table, with a CMakeLists.txt and a README.md for `target`."""
+    """Copy TinyEngine's sources beside the program's tables, with a CMakeLists.txt and a README.md for `target`."""
     shutil.copytree(TINYENGINE, out / "tinyengine", ignore=shutil.ignore_patterns("__pycache__"))
-    first, board = board_for(target if target in TARGETS else "cortex-m4", sizes["program_bytes"])
-    boards = {first: board} | ({LINE: BOARDS[LINE]} if board.core == BOARDS[LINE].core else {})
-    for place, of in boards.items():
-        what = f"QEMU's {of.machine}" if of.machine else "without a debugger: USART3"
-        text = firmware_text.BOARD.format(what=what, flags=" ".join(build.flags(of)), files=build.files(of))
+    of_target = target if target in TARGETS else "cortex-m4"
+    fit: dict[str, list[str]] = {}  # which images each board has room for
+    for image in FILES:
+        size = sizes["program_bytes" if image == "player" else "watching_bytes"]
+        smallest = board_for(of_target, size)[0]
+        for place in TARGETS[of_target][TARGETS[of_target].index(smallest) :]:
+            fit.setdefault(place, []).append(image)
+    if BOARDS[TARGETS[of_target][0]].core == BOARDS[LINE].core:
+        fit[LINE] = list(FILES)
+    for place, fitting in fit.items():
+        board = BOARDS[place]
+        what = f"QEMU's {board.machine}" if board.machine else "without a debugger: USART3"
+        text = firmware_text.BOARD.format(
+            what=what, flags=" ".join(build.flags(board)), files=build.files(board), images=" ".join(fitting)
+        )
         (out / "boards" / place).mkdir(parents=True)
         write_bytes(out / "boards" / place / "board.cmake", text.encode())
-        write_bytes(out / "boards" / place / "memory.ld", build.regions(of).encode())
-    cmake = firmware_text.CMAKE.format(first=first, boards=", ".join(boards))
-    write_bytes(out / "CMakeLists.txt", cmake.encode())
-    rows = "\n".join(
-        f"| `{place}` | {'a serial line (USART3)' if of.line else f'semihosting; QEMU: `{of.machine}`'} | "
-        f"{of.flash[1] // 1024:,} KB of flash, {of.ram[1] // 1024:,} KB of RAM |"
-        for place, of in boards.items()
-    )
-    tried = "It was compiled when this was written, for that board." if ran and ran["line"] else ""
+        write_bytes(out / "boards" / place / "memory.ld", build.regions(board).encode())
+    first = next(iter(fit))
+    write_bytes(out / "CMakeLists.txt", firmware_text.CMAKE.format(first=first, boards=", ".join(fit)).encode())
+    rows = "\n".join(f"| `{place}` | {_board_in_words(BOARDS[place])} | {', '.join(fit[place])} |" for place in fit)
+    tried = "They were compiled when this was written, for that board." if ran and ran["line"] else ""
     taken = {**sizes, "plans": "\n".join(f"- {told}" for told in sizes["plans"])}
     readme = firmware_text.README.format(
         name=name, num_weights=world.num_weights, **taken, row_bytes=world.encoder.stages[0].size_in[1] * 3,
@@ -80,29 +93,40 @@ def write_firmware(
     write_bytes(out / "README.md", readme.encode())
 
 
-def run_in_qemu(world: IntegerWorld, program: bytes, arena_bytes: int, table: Path, target: str) -> dict[str, Any]:
+def _board_in_words(board: Board) -> str:
+    given = "a serial line (USART3)" if board.line else f"semihosting; QEMU: `{board.machine}`"
+    return f"{given} | {board.flash[1] // 1024:,} KB of flash, {board.ram[1] // 1024:,} KB of RAM"
+
+
+def run_in_qemu(world: IntegerWorld, sizes: dict[str, Any], table: Path, target: str) -> dict[str, Any]:
     """Build the firmware with its program in flash, run it, and hold every byte it gives to the reference.
 
+    `table` is the folder of `write_tables`; `sizes` has the bytes of its programs and arenas.
+
     Raises:
-        WorldlineError: no compiler or QEMU, the program does not fit, or a byte differs.
+        WorldlineError: no compiler or QEMU, a program does not fit, or a byte differs.
     """
-    _, board = board_for(target, len(program))
-    found: dict[str, Any] = {"machine": board.machine, "images": {}, "line": {}}
+    found: dict[str, Any] = {"images": {}, "line": {}}
     with tempfile.TemporaryDirectory() as folder:
         for asked in exchanges(world):
-            image = build.compile_image(asked.name, board, Path(folder), arena_bytes, table=table)
+            part = "program" if asked.name == "player" else "watching"
+            _, board = board_for(target, sizes[f"{part}_bytes"])
+            lies = table_of(asked.name, table)
+            image = build.compile_image(asked.name, board, Path(folder), 0, table=lies)
             given, stack = images.exchange(board, image, asked.name, asked.given, b"")
             if given != asked.wanted:
                 raise WorldlineError(f"{target}: what {asked.name} gave differs from the reference")
             flash, ram = build.image_bytes(image)
             found["images"][asked.name] = {
-                "flash_bytes": flash, "ram_bytes": ram, "stack_bytes": stack, "bytes_equal": len(given),
+                "machine": board.machine, "flash_bytes": flash, "ram_bytes": ram, "stack_bytes": stack,
+                "bytes_equal": len(given),
             }  # fmt: skip
             if board.core == BOARDS[LINE].core:
-                image = build.compile_image(asked.name, BOARDS[LINE], Path(folder) / LINE, arena_bytes, table=table)
+                image = build.compile_image(asked.name, BOARDS[LINE], Path(folder) / LINE, 0, table=lies)
                 no_breakpoints(image)
                 found["line"][asked.name] = build.image_bytes(image)[0]
-        found["instructions"], found["stack_bytes"] = _costs(world, board, Path(folder), arena_bytes, table)
+        _, board = board_for(target, sizes["program_bytes"])
+        found["instructions"] = _costs(world, board, Path(folder), table)
     return found
 
 
@@ -134,10 +158,8 @@ def no_breakpoints(image: Path) -> None:
         raise WorldlineError(f"{image} stops at a breakpoint, which a board without a debugger never leaves")
 
 
-def _costs(
-    world: IntegerWorld, board: Board, folder: Path, arena_bytes: int, table: Path
-) -> tuple[dict[str, int], int]:
-    """Return what each call costs in instructions, and the stack's depth."""
+def _costs(world: IntegerWorld, board: Board, folder: Path, table: Path) -> dict[str, int]:
+    """Return what each call costs in instructions."""
     rows, columns, channels = world.encoder.stages[0].size_in
     zero = np.zeros(len(world.predictor.change.weight), np.int16)
     asked = [
@@ -145,11 +167,11 @@ def _costs(
         Command("step", np.zeros(len(world.actions.mean), np.int16)), Command("region"), Command("drift", zero),
         Command("decode"),
     ]  # fmt: skip
-    image = build.compile_image("world", board, folder, arena_bytes, table=table)
+    image = build.compile_image("world", board, folder, 0, table=table)
     sizes = (len(zero), len(world.actions.mean), 2 * world.decoder.stages[-1].size[0])
-    replies, stack = commands.run_world(board, image, b"", sizes, asked)
+    replies, _ = commands.run_world(board, image, b"", sizes, asked)
     costs = {c.verb: round(r.ticks * board.instructions_per_tick) for c, r in zip(asked, replies, strict=True)}
-    return {verb: costs[verb] for verb in ("picture", "step", "decode", "region", "drift")}, stack
+    return {verb: costs[verb] for verb in ("picture", "step", "decode", "region", "drift")}
 
 
 def _costs_of(quality: dict[str, Any] | None) -> str:
@@ -177,14 +199,15 @@ def _told(ran: dict[str, Any] | None) -> str:
         return "It was not run when this was written."
     costs = ", ".join(f"{verb} {count / 1e6:.2f}" for verb, count in ran["instructions"].items())
     lines = [
-        f"When this was written each ran in QEMU's {ran['machine']}, and all it gave was the reference's bytes;",
+        "When this was written each ran in QEMU, and all it gave was the reference's bytes;",
         f"instructions in million: {costs}.",
         "",
-        "| | flash | RAM without stack | stack | bytes compared |",
-        "|---|---|---|---|---|",
+        "| | machine | flash | RAM without stack | stack | bytes compared |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {name} | {of['flash_bytes']:,} | {of['ram_bytes']:,} | {of['stack_bytes']:,} | {of['bytes_equal']:,} |"
+        f"| {name} | {of['machine']} | {of['flash_bytes']:,} | {of['ram_bytes']:,} | {of['stack_bytes']:,} | "
+        f"{of['bytes_equal']:,} |"
         for name, of in ran["images"].items()
     ]
     return "\n".join(lines)

@@ -9,13 +9,15 @@ set(CMAKE_CXX_COMPILER arm-none-eabi-g++)
 project(world CXX)
 # memory.ld says where flash and RAM lie, board.cmake the processor, and where input and output are
 include(${{CMAKE_SOURCE_DIR}}/boards/${{BOARD}}/board.cmake)
-add_library(startup OBJECT tinyengine/firmware/startup.cpp world_program.cpp)
-target_compile_options(startup PRIVATE ${{FLAGS}})
-target_include_directories(startup PRIVATE . tinyengine/firmware/${{FILES}})
-foreach(image observer planner player)
-  add_executable(${{image}}.elf tinyengine/firmware/${{image}}.cpp $<TARGET_OBJECTS:startup>)
+foreach(image ${{IMAGES}})
+  set(TABLE watching)  # the world without its decoder
+  if(image STREQUAL player)
+    set(TABLE .)
+  endif()
+  add_executable(${{image}}.elf
+    tinyengine/firmware/${{image}}.cpp tinyengine/firmware/startup.cpp ${{TABLE}}/world_program.cpp)
   target_compile_definitions(${{image}}.elf PRIVATE TINYENGINE_LINKED)
-  target_include_directories(${{image}}.elf PRIVATE . tinyengine/firmware/${{FILES}})
+  target_include_directories(${{image}}.elf PRIVATE ${{TABLE}} tinyengine/firmware/${{FILES}})
   target_compile_options(${{image}}.elf PRIVATE ${{FLAGS}})
   target_link_options(${{image}}.elf PRIVATE ${{FLAGS}} -L${{CMAKE_SOURCE_DIR}}/boards/${{BOARD}}
     -T${{CMAKE_SOURCE_DIR}}/tinyengine/firmware/link.ld)
@@ -26,6 +28,7 @@ endforeach()
 BOARD = """# {what}
 set(FLAGS {flags})
 set(FILES {files})
+set(IMAGES {images})
 """
 README = """# {name} in integers
 
@@ -35,6 +38,7 @@ is. {num_weights:,} weights; the arithmetic is whole numbers only, and every bui
 | | bytes |
 |---|---|
 | program (flash) | {program_bytes:,} |
+| the same without the decoder (`watching/`), for observer and planner | {watching_bytes:,} |
 | arena (RAM), everything | {arena_bytes:,} |
 | of it encoder, decoder | {encoder_arena_bytes:,}, {decoder_arena_bytes:,} |
 
@@ -86,10 +90,11 @@ Every call returns a `Status`; a wrong order is told, not undefined. Nothing is 
 | `player` | what happens in a session | a hash over every picture drawn and every state |
 
 The beginning of each `tinyengine/firmware/*.cpp` says what its input and output are, byte by byte.
-`cmake -S . -B build -DBOARD={first} && cmake --build build` makes all three, as `.elf` and `.hex`.
+`cmake -S . -B build -DBOARD={first} && cmake --build build` makes those that a board has room
+for, as `.elf` and `.hex`.
 
-| board | input and output | memory |
-|---|---|---|
+| board | input and output | memory | room for |
+|---|---|---|---|
 {boards}
 
 {qemu}
