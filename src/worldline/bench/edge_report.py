@@ -107,8 +107,8 @@ def report(result: dict[str, Any]) -> str:
         f"gauge.\nMultiplications: picture {sizes['encode_macs']:,}, step {sizes['step_macs']:,}, drawing "
         f"{sizes['decode_macs']:,}. Instructions in million:",
         _table(("core", "picture to latent", "step", "drawing", "region", "drift", "stack", "code"), world),
-        f"Frames/s on this machine ({made['machine']['processor']}, one thread; a step and its drawing, in turns with "
-        f"the float world): {speed}.",
+        f"Frames per second of CPU time on this machine ({made['machine']['processor']}, one thread; a step and its "
+        f"drawing, in turns with the float world): {speed}.",
         *_encode(result["timing"]),
         "## Published",
         _PUBLISHED.strip(),
@@ -142,7 +142,8 @@ def _encode(timing: dict[str, Any]) -> list[str]:
     low, high = found["interval"]
     return [
         f"A picture to its latent on this machine, in turns with LiteRT's interpreter on a graph of the same sizes "
-        f"(one thread each): {1 / found['ratio']:.2f} [{1 / high:.2f}, {1 / low:.2f}] times the pictures/s."
+        f"(one thread each): {1 / found['ratio']:.2f} [{1 / high:.2f}, {1 / low:.2f}] times the pictures per second of "
+        "CPU time."
     ]
 
 
