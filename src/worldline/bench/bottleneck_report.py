@@ -73,12 +73,12 @@ def render(result: dict[str, Any]) -> str:
     ]
     for name, (middle, least, most) in found.items():
         cost = "-" if name == "all" else f"{1e3 * _cpu_seconds(result, name):.2f}"
-        lines.append(f"| {PARTS[name]} | {middle:.1f} ({least:.1f} to {most:.1f}) | {cost} |")
+        lines.append(f"| {PARTS[name]} | {middle:.3g} ({least:.3g} to {most:.3g}) | {cost} |")
     share = found["all"][0] / min(found["feed"][0], found["update"][0])
     product = timing["product_flops"]
     lines += [
         "",
-        f"Together {found['all'][0]:.1f} clips/s, {100 * share:.0f}% of the lower ceiling. Updates "
+        f"Together {found['all'][0]:.3g} clips/s, {100 * share:.0f}% of the lower ceiling. Updates "
         f"waited {100 * stall['p50']:.1f}% of their time (p50), {100 * stall['p95']:.1f}% (p95), "
         f"{100 * stall['max']:.1f}% (most); {timing['mean_ready_batches']:.1f} of {config['feed']['depth']} batches "
         "lay ready when one was asked for.",
@@ -112,7 +112,7 @@ def _lift(result: dict[str, Any], which: str) -> str:
     found = rates(result)
     if which == "update":
         return (
-            f"The feed could do {found['feed'][0] / found['update'][0]:.1f} times as many clips as are computed: more "
+            f"The feed could do {found['feed'][0] / found['update'][0]:.3g} times as many clips as are computed: more "
             "cores for decoding or a faster disk would change nothing here, a faster processor for updates would."
         )
     cores = found["update"][0] * _cpu_seconds(result, "decode")
@@ -129,7 +129,7 @@ def _target(result: dict[str, Any]) -> list[str]:
         f"## {target['gpus']} x {target['tflops']:g} TFLOP/s at {100 * target['mfu']:g}%",
         "",
         f"A model of {model['width']} channels and {model['depth']} blocks spends "
-        f"{result['target_flops_per_clip'] / 1e9:.1f} GFLOP on a clip ({model['frames']} frames of "
+        f"{result['target_flops_per_clip'] / 1e9:,.0f} GFLOP on a clip ({model['frames']} frames of "
         f"{model['image_size']} px), so that such a machine would take {need['clips_per_second']:,.0f} clips/s: "
         f"{need['cores']:,.0f} cores that decode as fast as one here"
         + (
