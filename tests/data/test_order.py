@@ -16,12 +16,14 @@ from worldline.core.errors import WorldlineError
 from worldline.data.order import Order, batch_hash, permute
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
 def test_a_permutation_holds_every_number_once(size: int, key: int) -> None:
     keys = np.full(size, key, dtype=np.uint64)
     assert sorted(permute(np.arange(size, dtype=np.uint64), size, keys).tolist()) == list(range(size))
 
 
+@settings(deadline=None)
 @given(size=st.integers(2, 2**40), value=st.integers(0, 2**40), key=st.integers(0, 2**64 - 1))
 def test_a_permutation_stays_inside(size: int, value: int, key: int) -> None:
     values = np.array([value % size, (value + 1) % size], dtype=np.uint64)
@@ -53,7 +55,7 @@ def permute_all(size: int, tables: int) -> list[list[int]]:
     return permute(np.tile(np.arange(size, dtype=np.uint64), tables), size, keys).reshape(tables, size).tolist()
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(
     size=st.integers(1, 300),
     batch=st.integers(1, 64),
