@@ -263,6 +263,8 @@ def test_a_damaged_checkpoint_is_one_line(here: Path, capsys: pytest.CaptureFixt
 
 def test_list_shows_what_is_here(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["collect", "env=two_room", "episodes=3", "steps=8", "workers=1", "path=datasets/small"])
+    clips = ["path=datasets/clips", "num_frames=2", "stride=1", "image_size=16"]
+    assert main(["ingest", "datasets/small", "workers=1", *clips]) == 0
     (here / "datasets/broken/meta").mkdir(parents=True)
     (here / "datasets/broken/meta/info.json").write_text("{}")
     capsys.readouterr()
@@ -270,6 +272,7 @@ def test_list_shows_what_is_here(here: Path, capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert re.search(r"datasets/small +3 episodes, 24 frames", shown)
     assert re.search(r"datasets/broken +unreadable", shown)
+    assert re.search(r"datasets/clips +12 clips of 2 frames at 16 px as jpeg, 0 of 3 entries rejected", shown)
     assert re.search(r"two_room +ready", shown)
 
 

@@ -95,6 +95,7 @@ def _ingest(config: Any, flags: set[str]) -> int:
     if card["passed_over"]:
         print(f"{card['passed_over']} files that are no videos were passed over")
     wrote(path, started)
+    print(f"next: worldline pretrain data={path}")
     return 0
 
 

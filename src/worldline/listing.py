@@ -39,6 +39,7 @@ def listing(root: Path) -> str:
         ("Shipped worlds (worldline play NAME)", [(world.path.name, world.facts) for world in shipped_worlds()]),
         ("Presets", _presets()),
         ("Datasets (worldline train data=NAME or data=PATH)", _rows(root, datasets(root))),
+        ("Clips (worldline pretrain data=PATH)", _rows(root, clips(root))),
         ("Runs (worldline evaluate PATH, worldline play PATH)", _rows(root, runs(root))),
     ]
     lines = []
@@ -57,6 +58,11 @@ def datasets(root: Path) -> list[Entry]:
     return [
         _described(info.parents[1], _dataset_facts) for info in sorted((root / "datasets").glob("*/meta/info.json"))
     ]
+
+
+def clips(root: Path) -> list[Entry]:
+    """Return what was ingested into `root/datasets`."""
+    return [_described(card.parent, _clips_facts) for card in sorted((root / "datasets").glob("*/clips.json"))]
 
 
 def runs(root: Path) -> list[Entry]:
@@ -96,6 +102,13 @@ def _dataset_facts(path: Path) -> str:
     minutes = info["total_frames"] / info["fps"] / 60
     size = _size(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
     return f"{info['total_episodes']} episodes, {info['total_frames']} frames, {minutes:.0f} min, {size}"
+
+
+def _clips_facts(path: Path) -> str:
+    card = read_json(path / "clips.json")
+    shape = f"{card['num_clips']} clips of {card['num_frames']} frames at {card['image_size']} px as {card['codec']}"
+    lost = f"{card['rejected_or_shortened']} of {card['entries']} entries rejected or shortened"
+    return f"{shape}, {lost}, {_size(sum(file.stat().st_size for file in path.rglob('*') if file.is_file()))}"
 
 
 def _run_facts(path: Path) -> str:

@@ -227,6 +227,26 @@ def test_a_file_that_goes_before_its_turn_is_ledgered(videos: Path, tmp_path: Pa
     assert (row["path"], row["reason"]) == ("abcdefghij0_000000_000010.mp4", "missing")
 
 
+@pytest.mark.parametrize("layout", ["video", "list"])
+def test_names_that_no_table_can_hold(layout: str, tmp_path: Path) -> None:
+    """Names are bytes: with line breaks, and some that are not UTF-8."""
+    source = tmp_path / "source"
+    source.mkdir()
+    names = [b"bad\xff.mp4", b"gone\xfe.mp4", b"two.mp4"] if layout == "list" else [b"bad\xff.mp4", b"two\nlines.mp4"]
+    for name in names:
+        if b"gone" not in name:
+            (source / os.fsdecode(name)).write_bytes(encode(pictures(12)))
+    if layout == "list":
+        (source / "list.txt").write_bytes(b"".join(name + b" 1\n" for name in names))
+    path = source / "list.txt" if layout == "list" else source
+    out = ingest(IngestConfig(source=str(path), path=str(tmp_path / "out"), codec="source", **SMALL))
+    told = pq.read_table(out / "episodes.parquet")["path"].to_pylist()
+    assert told == ["bad\\udcff.mp4", os.fsdecode(names[-1])]
+    assert [row["path"] for row in read_ledger(out)] == (["gone\\udcfe.mp4"] if layout == "list" else [])
+    clips = open_clips(out)
+    assert clips.read(np.arange(clips.num_clips)).shape == (2, 4, 32, 32, 3)
+
+
 def test_finished_clips_are_never_overwritten(videos: Path, tmp_path: Path) -> None:
     config = IngestConfig(source=str(videos), path=str(tmp_path / "out"), **SMALL)
     before = tree(ingest(config))

@@ -12,6 +12,7 @@ from jaxtyping import Int64, UInt8
 from worldline.core.errors import WorldlineError
 from worldline.data.clips import check_ids
 from worldline.data.footage import Fit, Unusable, VideoFootage
+from worldline.data.sources import as_on_disk
 
 
 class VideoClips:
@@ -58,7 +59,10 @@ class VideoClips:
             from worldline.data.shard_work import video_path
 
             return video_path(self.path, int(self._items[episode]))
-        path = Path(self.card["root"]) / str(self._paths[episode].as_py())
+        told = str(self._paths[episode].as_py())
+        path = Path(self.card["root"]) / told
+        if not path.exists():
+            path = Path(self.card["root"]) / as_on_disk(told)
         if path.exists() and path.stat().st_size != self._sizes[episode]:
             raise WorldlineError(f"{path}: its size is not what it was when ingested; ingest again")
         return path

@@ -28,7 +28,7 @@ from worldline.core.progress import progress
 from worldline.data.clip_cache import INDEX
 from worldline.data.clips import CARD, IN_TABLES, VERSION
 from worldline.data.shard_work import ShardMaker, notes_path, plan_path
-from worldline.data.sources import Layout, list_source
+from worldline.data.sources import Layout, list_source, printable
 
 _TEXT, _INT, _COLOUR = pa.string(), pa.int64(), pa.list_(pa.float64(), 3)
 EPISODES = pa.schema(
@@ -271,12 +271,7 @@ def _rows(staging: Path, plan: dict[str, Any], kind: str) -> Iterator[dict[str, 
             if kind == "episodes":
                 row["first_clip"] = first
                 first += row["num_clips"]
-            yield {key: _printable(value) if isinstance(value, str) else value for key, value in row.items()}
-
-
-def _printable(text: str) -> str:
-    """Write out what no table can hold: the bytes of a file's name that are not UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
+            yield {key: printable(value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def _write_rows(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> int:

@@ -82,6 +82,16 @@ def list_source(source: str | Path, layout: Layout = "auto", camera: str | None 
     return replace(listing, entries=_without_duplicates(listing.entries))
 
 
+def printable(path: str) -> str:
+    """Write out what no table can hold: the bytes of a file's name that are not UTF-8."""
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
+def as_on_disk(path: str) -> str:
+    """Undo `printable`."""
+    return re.sub(r"\\udc([89a-f][0-9a-f])", lambda found: chr(0xDC00 + int(found[1], 16)), path)
+
+
 def _guess(source: Path) -> Layout:
     if source.is_file():
         suffix = source.suffix.lower()
