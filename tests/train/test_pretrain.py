@@ -112,7 +112,7 @@ def test_sigreg_holds_features_apart_without_an_averaged_encoder(tmp_path: Path)
         encoder = load_encoder(run)
         clips = torch.stack([torch.from_numpy(ToyClips().clip(n)) for n in range(16)])
         with torch.inference_mode():
-            return float(encoder(clips).mean(dim=1).std(dim=0).mean())
+            return float(encoder(clips).std(dim=0).mean())
 
     runs = [
         pretrain(toy_config(tmp_path / f"{weight}", steps=12, target="sigreg", sigreg=weight, lr=1e-2))

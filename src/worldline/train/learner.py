@@ -36,7 +36,9 @@ class LearnerConfig:
     ema: float = 0.998
     """What the averaged encoder keeps of itself an update; rises evenly to 1 at the last."""
     sigreg: float = 0.05
-    """Weight of SIGReg, on the mean features of each time step (target=sigreg only)."""
+    """Weight of SIGReg (target=sigreg only)."""
+    places: int = 16
+    """Places, drawn anew each time, at each of which SIGReg holds the clips' features apart."""
     projections: int = 256
     """Directions that SIGReg looks along."""
     lr: float = 1e-3
@@ -53,7 +55,7 @@ class LearnerConfig:
     """Compute in bfloat16; weights, optimiser and sums over ranks stay float32."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, {"steps": 1, "warmup": 0, "projections": 1}, "learner.")
+        require_at_least(self, {"steps": 1, "warmup": 0, "places": 1, "projections": 1}, "learner.")
 
 
 class Learner:
@@ -173,6 +175,8 @@ class Learner:
             error: Tensor = (gap.abs().mean(dim=(1, 2)) * weight).mean()
             return error
         prediction: Tensor = (gap.square().mean(dim=(1, 2)) * weight).mean()
-        times = target.unflatten(1, (self._grid[0], -1)).mean(dim=2).transpose(0, 1)  # (t, b, e)
         generator = torch.Generator().manual_seed(seed_for(self._seed, "sigreg", *key))
-        return prediction + self.config.sigreg * sigreg(times, generator, projections=self.config.projections)
+        # place by place: over all places together, features that tell nothing but their place would pass
+        places = torch.randperm(target.shape[1], generator=generator)[: self.config.places].to(target.device)
+        spread = sigreg(target[:, places].transpose(0, 1), generator, projections=self.config.projections)
+        return prediction + self.config.sigreg * spread
