@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import struct
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from little_world import SIZES, STEPS, pictures
+from little_world import CONTEXT, SIZES, STEPS, pictures
 
 from worldline.core.errors import WorldlineError
 from worldline.edge import build, commands, images
@@ -18,6 +19,7 @@ from worldline.edge.commands import Command
 from worldline.edge.emit import write_table
 from worldline.edge.planner import Budget, plan
 from worldline.edge.program import write_world
+from worldline.edge.sensitivity import sensitivity
 from worldline.edge.world import State
 from worldline.engine.recording import Kind
 from worldline.engine.runtime import _EVENT, Engine, _genesis
@@ -51,6 +53,31 @@ def test_integers_follow_the_float_world(worlds):
     lost = np.square(np.stack(ours, axis=1) - theirs).mean() / moved
     assert lost < (0.01 if whole.predictor.input_gates.bits == 8 else 0.05)
     assert np.abs(whole.decode(state.z).astype(int) - drawn).mean() < 3
+
+
+def test_layer_costs_find_a_spoilt_layer(worlds):
+    world, whole = worlds
+    rng = np.random.default_rng(9)
+    frames = torch.from_numpy(pictures(rng, 16))
+    with torch.inference_mode():
+        context = world.encode(frames[: 2 * CONTEXT]).reshape(2, CONTEXT, -1).clone()
+    actions = torch.from_numpy(rng.uniform(0, 512, (2, CONTEXT + 9, 2)).astype(np.float32))
+    rows = sensitivity(world, whole, frames, context, actions)
+    count = Counter(row["part"] for row in rows)
+    assert count == {
+        "encoder": len(whole.encoder.stages) + 1,
+        "predictor": 5,
+        "decoder": len(whole.decoder.stages) + 1,
+    }
+    assert max(row["off"] for row in rows if row["part"] == "encoder") < 0.01
+    assert max(row["off"] for row in rows if row["part"] == "decoder") < 3
+    stages = list(whole.encoder.stages)
+    conv = stages[2].conv
+    stages[2] = replace(stages[2], conv=replace(conv, weight=conv.weight[:, :, :, ::-1].copy()))
+    spoilt = replace(whole, encoder=replace(whole.encoder, stages=tuple(stages)))
+    worse = sensitivity(world, spoilt, frames, context, actions)
+    assert worse[2]["off"] > 5 * rows[2]["off"]
+    assert [row for i, row in enumerate(worse) if i != 2] == [row for i, row in enumerate(rows) if i != 2]
 
 
 @needs_compiler

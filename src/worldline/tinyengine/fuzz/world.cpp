@@ -56,6 +56,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       int16_t* z = static_cast<int16_t*>(calloc(8192, 2));
       uint8_t* row = static_cast<uint8_t*>(calloc(world.row_bytes() + 1, 1));
       alignas(8) static uint8_t memory[1 << 16];
+      static float native[4096];
       uint32_t score = 0;
       for (size_t i = 0; i < 16; ++i) {
         switch (calls[i] % 8) {
@@ -76,7 +77,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             world.observe(z);
             break;
           case 4:
-            world.step(z);
+            if (world.native_action(z, native) == Status::ok) {
+              world.action(native, z);
+            }
+            world.rollout(z, 2, nullptr);
             break;
           case 5:
             world.decode([](void*, uint32_t, const uint8_t* bytes, size_t n) { (void)(bytes[0] + bytes[n - 1]); },
