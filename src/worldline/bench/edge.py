@@ -129,6 +129,7 @@ def _graph_on(core: str, graph: Chain) -> dict[str, float]:
         "stack_bytes": outcome.stack_bytes,
         "code_bytes": code,
         "program_bytes": len(case.program),
+        "scratch_bytes": plan_rows(graph).piece - plan_rows(graph).scratch,
     }
 
 

@@ -110,6 +110,7 @@ python3 tinyengine/firmware/stm32f4/serve /dev/ttyACM0 INPUT OUTPUT
 
 {board_tried} *Not run on hardware.* An STM32F4DISCOVERY (STM32F407, 1 MB of flash) has the same line on the pins PD8
 and PD9: put its 1M and 128K into `boards/nucleo-f429zi/memory.ld`, give OpenOCD `board/stm32f4discovery.cfg`, and
-export with `bits=4` (observer and planner fit). A NUCLEO-F446RE's 512 KB of flash want a smaller world (`model.hidden=`). The images leave the
-clock as it is after a reset, 16 MHz; a product sets its own up in `board::open`.
+export with `bits=4` (observer and planner fit). A NUCLEO-F446RE's 512 KB of flash want a smaller world
+(`model.hidden=`). The images leave the clock as it is after a reset, 16 MHz; a product sets its own up in
+`board::open`.
 """
