@@ -39,7 +39,8 @@ def test_integers_follow_the_float_world(worlds):
     with torch.inference_mode():
         real = world.encode(torch.from_numpy(frames)).numpy()
     cosine = (z * real).sum(1) / np.linalg.norm(z.astype(float), axis=1) / np.linalg.norm(real, axis=1)
-    assert cosine.min() > 0.99
+    assert cosine.mean() > 0.995
+    assert cosine.min() > 0.98
     native = rng.uniform(0, 512, (16, STEPS, 2)).astype(np.float32)
     state, ours = whole.begin(z[:16, None], np.zeros((16, 0, 2), np.int16)), []
     for action in whole.actions.run(native).transpose(1, 0, 2):
