@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from worldline.bench.edge import DS96, ideal, resized
+from worldline.bench.edge_report import report
+from worldline.core.files import read_json
 from worldline.edge.arena_picture import chain_panel, draw
 from worldline.edge.schedule import plan_rows, plan_tiles
 from worldline.edge.tflite import read_chain
 
+ROOT = Path(__file__).parents[2]
 tflite_micro = pytest.importorskip("tflite_micro", reason="pip install --pre tflite-micro")
 
 
@@ -35,3 +41,13 @@ def test_a_picture_shows_every_buffer():
     for plan in plans:
         for ring in plan.rings:
             assert f"{ring.size:,} bytes at {ring.at:,}</title>" in svg
+
+
+def test_the_published_page_is_the_newest_result():
+    """Drawn from its figures, and every row of a table as wide as its head."""
+    newest = max(ROOT.glob("reports/*-edge/result.json"))
+    page = (ROOT / "docs/reports/tinyengine_memory.md").read_text()
+    assert page == report(read_json(newest))
+    rows = [line.count("|") if line.startswith("|") else 0 for line in page.splitlines()]
+    for before, after in pairwise(rows):
+        assert not before or not after or before == after

@@ -45,7 +45,7 @@ def report(result: dict[str, Any]) -> str:
         (
             f"ours, {core.upper()}, streamed",
             _million(on["instructions"]),
-            *_bytes(on, "arena", "stack", "code", "program"),
+            *_bytes(on, "arena", "scratch", "stack", "code", "program"),
         )
         for core, on in graph.items()
     ]
