@@ -155,6 +155,8 @@ def _configure(command: Command, paths: list[str], overrides: list[str]) -> Any:
                     f"{key}={value}: not one of its presets{or_path}{did_you_mean(value, groups[key])}"
                 )
             fixed[key] = value
+        elif key in known and key not in groups and (CONF / key).is_dir():
+            fixed[key] = value  # an option of the name of other commands' presets, which Hydra would look for
         elif key in groups or key in known or any(name.startswith(f"{key}.") for name in known):
             hydra_overrides.append(f"{key}={value}")
         else:
