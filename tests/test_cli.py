@@ -107,6 +107,8 @@ def test_presets_pick_only_options_that_exist(name: str) -> None:
         ("collect env=two_room path=a_file/x", "Not a directory; choose a place that can be written to"),
         ("bench nosuch", "no benchmark called 'nosuch'"),
         ("references nowhere", "no LeRobot dataset here"),
+        ("pretrain data=nowhere", "nowhere: no clips here"),
+        ("pretrain nowhere model=vit_hug", "did you mean 'vit_huge'?"),
         ("references nowhere image_size=50", "image_size must be a positive multiple of 16"),
         ("references nowhere encoder_update=3", "did you mean 'encoder_updates'"),
         ("references image_size=32", "needs a DATASET"),

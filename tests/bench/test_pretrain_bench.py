@@ -23,7 +23,7 @@ def test_it_reads_states_and_writes_a_report(tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_encoder(tmp_path / "encoder", model, VideoEncoder(model).state_dict(), training)
     config = PretrainBenchConfig(
-        encoder=tmp_path / "encoder", data=data, clips=(40, 10, 12), probes=1, reports=tmp_path / "reports"
+        encoder=tmp_path / "encoder", data=data, clips=60, probes=1, reports=tmp_path / "reports"
     )
     report = run(config)
     factors = json.loads((report.parent / "result.json").read_text())["factors"]

@@ -17,6 +17,7 @@ from worldline.core.files import read_json, write_bytes
 from worldline.core.progress import progress
 from worldline.core.result import write_result
 from worldline.core.seeding import rng_for, seed_for
+from worldline.core.types import Factor
 from worldline.data.cache import FrameCache
 from worldline.data.lerobot import Dataset, open_dataset
 from worldline.evaluate.probe import fit_probe
@@ -26,6 +27,7 @@ from worldline.train.loop import threads
 
 _BATCH = 16
 _DRAWS = 2000
+_FOLDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +40,8 @@ class PretrainBenchConfig:
     """Episodes of a simulator, other ones than those it was trained on."""
     stride: int = 2
     """Frames of an episode from one frame of a clip to the next; that of the training clips."""
-    clips: tuple[int, int, int] = (1200, 200, 400)
-    """Of training, validation and test episodes."""
+    clips: int = 2000
+    """Clips, drawn evenly from all episodes. Every fifth of the episodes is the test of probes fitted on the others."""
     probes: int = 3
     """Probes with seeds of their own; their errors are averaged."""
     seed: int = 0
@@ -50,9 +52,7 @@ class PretrainBenchConfig:
     """The report is written into a folder DATE-pretrain in it."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, {"stride": 1, "probes": 1, "threads": 0})
-        if min(self.clips) < 1:
-            raise WorldlineError(f"clips must be three numbers of at least 1, got {list(self.clips)}")
+        require_at_least(self, {"stride": 1, "probes": 1, "threads": 0, "clips": 1})
 
 
 def run(config: PretrainBenchConfig) -> Path:
@@ -67,37 +67,24 @@ def run(config: PretrainBenchConfig) -> Path:
         dataset = open_dataset(config.data)
         cache = FrameCache(dataset, sight.image_size)
         span = (sight.frames - 1) * config.stride + 1
-        places = {
-            split: _places(dataset.split(split), dataset.lengths, span, count, (config.seed, split))
-            for split, count in zip(("train", "validation", "test"), config.clips, strict=True)
-        }
-        state = {
-            split: np.stack([_states(dataset, episode)[start + span - 1] for episode, start in rows.tolist()])
-            for split, rows in places.items()
-        }
-        head = FactorHead.fit(dataset.spec.factors, state["train"])
+        places = _places(dataset.lengths, span, config.clips, config.seed)
+        state = np.stack([_states(dataset, episode)[start + span - 1] for episode, start in places.tolist()])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(config.seed, "first weights"))
             fresh = VideoEncoder(sight).eval()
-        total = sum(map(len, places.values()))
-        errors = {}
+        errors, spread = {}, {}
         for name, encoder in (("pretrained", trained), ("random", fresh)):
-            with progress(f"encode ({name})", total) as task:
-                z = {
-                    split: _features(encoder, cache, rows, config.stride, task.advance)
-                    for split, rows in places.items()
-                }
-            errors[name] = _errors(head, z, state, config.probes)
-        truth = split_factors(state["test"], head.factors)
-        spread = {name: squared_error(np.broadcast_to(head.mean[name], x.shape), x) for name, x in truth.items()}
+            with progress(f"encode ({name})", len(places)) as task:
+                z = _features(encoder, cache, places, config.stride, task.advance)
+            errors[name], spread = _errors(dataset.spec.factors, z, state, places[:, 0], config.probes)
         figures = {
             "encoder": read_json(config.encoder / CARD)["training"],
             "data": {"name": dataset.spec.name, "fingerprint": dataset.fingerprint, "episodes": dataset.num_episodes},
-            "clips": list(config.clips),
-            "test_episodes": len(np.unique(places["test"][:, 0])),
+            "clips": config.clips,
+            "folds": _FOLDS,
             "stride": config.stride,
             "probes": config.probes,
-            "factors": _scores(errors, spread, places["test"][:, 0], config.seed),
+            "factors": _scores(errors, spread, places[:, 0], config.seed),
         }
     folder = Path(config.reports) / f"{date.today():%Y-%m-%d}-pretrain"
     write_result(folder / "result.json", "pretrain-probe", figures)
@@ -113,12 +100,12 @@ def _states(dataset: Dataset, episode: int) -> Float[np.ndarray, "t s"]:
     return states
 
 
-def _places(episodes: list[int], lengths: Any, span: int, count: int, key: tuple[int, str]) -> Int64[np.ndarray, "n 2"]:
+def _places(lengths: Any, span: int, count: int, seed: int) -> Int64[np.ndarray, "n 2"]:
     """Draw (episode, start) of clips, evenly over the episodes that are long enough."""
-    fit = [episode for episode in episodes if lengths[episode] >= span]
-    if not fit:
-        raise WorldlineError(f"no {key[1]} episode has {span} frames; take a shorter stride or longer episodes")
-    rng = rng_for("probe clips", *key)
+    fit = [episode for episode, length in enumerate(lengths) if length >= span]
+    if len(fit) < _FOLDS:
+        raise WorldlineError(f"{len(fit)} episodes have {span} frames, {_FOLDS} are wanted; take a shorter stride")
+    rng = rng_for("probe clips", seed)
     chosen = [fit[i % len(fit)] for i in range(count)]
     return np.array([(episode, rng.integers(lengths[episode] - span + 1)) for episode in chosen], dtype=np.int64)
 
@@ -138,15 +125,33 @@ def _features(
     return torch.cat(found).clone()
 
 
-def _errors(head: FactorHead, z: dict[str, Tensor], state: dict[str, np.ndarray], probes: int) -> dict[str, np.ndarray]:
-    """Return the squared error of each test clip by factor, averaged over probes."""
-    truth = split_factors(state["test"], head.factors)
-    sums = {name: np.zeros(len(values)) for name, values in truth.items()}
-    for seed in range(probes):
-        probe = fit_probe(head, z["train"], state["train"], z["validation"], state["validation"], seed)
-        read = probe(z["test"])
-        sums = {name: sums[name] + squared_error(read[name], truth[name]) / probes for name in sums}
-    return sums
+def _errors(
+    factors: tuple[Factor, ...],
+    z: Float[Tensor, "n e"],
+    state: Float[np.ndarray, "n s"],
+    episode: Int64[np.ndarray, " n"],
+    probes: int,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return squared errors of each clip by factor, of probes and of the training mean, none of which saw its episode.
+
+    Of five folds of episodes one is tested, one stops the probe and three train it, in turns.
+    """
+    fold = episode % _FOLDS
+    errors = {f.name: np.zeros(len(z)) for f in factors}
+    spread = {f.name: np.zeros(len(z)) for f in factors}
+    for number in range(_FOLDS):
+        test, stop = fold == number, fold == (number + 1) % _FOLDS
+        fit = ~(test | stop)
+        head = FactorHead.fit(factors, state[fit])
+        truth = split_factors(state[test], factors)
+        for name, values in truth.items():
+            spread[name][test] = squared_error(np.broadcast_to(head.mean[name], values.shape), values)
+        for seed in range(probes):
+            probe = fit_probe(head, z[fit], state[fit], z[stop], state[stop], seed)
+            read = probe(z[test])
+            for name, values in truth.items():
+                errors[name][test] += squared_error(read[name], values) / probes
+    return errors, spread
 
 
 def _scores(
@@ -184,10 +189,10 @@ def render(result: dict[str, Any]) -> str:
         f"A video transformer of {model['width']} channels and {model['depth']} blocks, {trained['step']} updates of "
         f"{config['batch']} clips ({model['frames']} frames of {model['image_size']} px) of masked pre-training, "
         f"target `{config['learner']['target']}`. Then frozen: a probe of one hidden layer reads the true state of "
-        f"{result['data']['name']} at a clip's last frame from the mean of its last features. Probes are fitted on "
-        f"{result['clips'][0]} clips and stopped by {result['clips'][1]}, of episodes that pre-training never saw, and "
-        f"tested on {result['clips'][2]} clips of {result['test_episodes']} further episodes. Beside it the same "
-        "network as it was initialised, on the same clips, with probes of the same kind.",
+        f"{result['data']['name']} at a clip's last frame from the mean of its last features. The "
+        f"{result['clips']} clips are of {result['data']['episodes']} episodes that pre-training never saw; each fifth of "
+        "the episodes is the test of probes that were fitted and stopped on the others. Beside it the "
+        "same network as it was initialised, on the same clips, with probes of the same kind.",
         "",
         "| factor | R^2 pre-trained | R^2 first weights | gain, 95% interval over test episodes |",
         "|---|---|---|---|",
