@@ -72,7 +72,8 @@ def run(config: PretrainBenchConfig) -> Path:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(config.seed, "first weights"))
             fresh = VideoEncoder(sight).eval()
-        errors, spread = {}, {}
+        errors: dict[str, dict[str, np.ndarray]] = {}
+        spread: dict[str, np.ndarray] = {}
         for name, encoder in (("pretrained", trained), ("random", fresh)):
             with progress(f"encode ({name})", len(places)) as task:
                 z = _features(encoder, cache, places, config.stride, task.advance)
@@ -190,8 +191,8 @@ def render(result: dict[str, Any]) -> str:
         f"{config['batch']} clips ({model['frames']} frames of {model['image_size']} px) of masked pre-training, "
         f"target `{config['learner']['target']}`. Then frozen: a probe of one hidden layer reads the true state of "
         f"{result['data']['name']} at a clip's last frame from the mean of its last features. The "
-        f"{result['clips']} clips are of {result['data']['episodes']} episodes that pre-training never saw; each fifth of "
-        "the episodes is the test of probes that were fitted and stopped on the others. Beside it the "
+        f"{result['clips']} clips are of {result['data']['episodes']} episodes that pre-training never saw; each fifth "
+        "of the episodes is the test of probes that were fitted and stopped on the others. Beside it the "
         "same network as it was initialised, on the same clips, with probes of the same kind.",
         "",
         "| factor | R^2 pre-trained | R^2 first weights | gain, 95% interval over test episodes |",
