@@ -182,7 +182,7 @@ def render(result: dict[str, Any]) -> str:
     made, trained = result["provenance"], result["encoder"]
     config = trained["config"]
     model, rows = config["model"], result["factors"]
-    beaten = [name for name, row in rows.items() if row["interval"][0] > 0]
+    beaten = [name for name, row in rows.items() if row["interval"][0] > 0 and row["pretrained"] > 0]
     told = f"beats its first weights on {' and '.join(beaten)}" if beaten else "does not beat its first weights"
     lines = [
         f"# A frozen encoder, pre-trained without actions or states, {told}",
