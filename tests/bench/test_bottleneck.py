@@ -116,4 +116,4 @@ def test_flops_are_those_of_the_tokens_that_are_there() -> None:
 
 def test_a_target_of_other_clips_is_refused(clips: Path) -> None:
     with pytest.raises(WorldlineError, match="ingest some"):
-        BottleneckConfig(data=clips, model=MODEL, target=TargetConfig(model=replace(MODEL, image_size=64)))
+        run(BottleneckConfig(data=clips, model=MODEL, target=TargetConfig(model=replace(MODEL, image_size=64))))

@@ -51,6 +51,7 @@ class TargetConfig:
     model: VideoConfig = field(default_factory=VideoConfig)
     """What is trained there, on clips like the ones measured here."""
     gpus: int = 8
+    """Ranks that share its parameters."""
     tflops: float = 989.0
     """Peak of each in the number format that it trains in; an H100 SXM's in bfloat16 without sparsity, by its data
     sheet."""
@@ -86,6 +87,7 @@ class BottleneckConfig:
     threads: int = 1
     """CPU threads of updates; the feed has its own."""
     seed: int = 0
+    """Of weights, masks and the order of clips."""
     target: TargetConfig = field(default_factory=TargetConfig)
     reports: Path = Path("reports")
     """Where `DATE-bottleneck/` is written."""
@@ -94,20 +96,20 @@ class BottleneckConfig:
         require_at_least(self, {"batch": 1, "rounds": 3, "threads": 1})
         if self.seconds <= 0:
             raise WorldlineError(f"seconds must be positive, got {self.seconds:g}")
-        ours, there = ((model.frames, model.image_size) for model in (self.model, self.target.model))
-        if ours != there:
-            raise WorldlineError(
-                f"the target's model wants clips of {there[0]} frames and {there[1]} pixels, here they are {ours}: "
-                "what such a clip costs is measured on such clips; ingest some, or give target.model.image_size"
-            )
 
 
 def run(config: BottleneckConfig) -> Path:
     """Measure; write `result.json` and `report.md`, and return the report's path.
 
     Raises:
-        WorldlineError: clips and model do not fit.
+        WorldlineError: clips and models do not fit.
     """
+    ours, there = ((model.frames, model.image_size) for model in (config.model, config.target.model))
+    if ours != there:
+        raise WorldlineError(
+            f"the target's model wants clips of {there[0]} frames and {there[1]} pixels, here they are {ours}: "
+            "what such a clip costs is measured on such clips; ingest some, or give target.model.image_size"
+        )
     clips = open_clips(config.data)
     check_fit(config.data, clips, config.model)
     keep_freed_memory()
