@@ -68,3 +68,12 @@ def test_the_figures_are_those_of_the_reports(script: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_of_results_is_that_of_the_newest_reports() -> None:
+    from worldline.bench.results_page import page_text
+
+    page = ROOT / "docs/reports/evaluation_results.md"
+    assert page.read_text() == page_text(page.parent, ROOT / "reports"), "run: worldline ablate train=false"
+    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert page.parent.joinpath(link).exists(), link

@@ -17,7 +17,13 @@ PARTS = {
 
 
 def write_page(page: Path, reports: Path) -> Path:
-    """Write the page from the newest report of each benchmark, its pictures linked where they lie; return its path.
+    """Write the page from the newest report of each benchmark; return its path."""
+    write_bytes(page, page_text(page.parent, reports).encode())
+    return page
+
+
+def page_text(beside: Path, reports: Path) -> str:
+    """Return the page as it is to stand in the folder `beside`, pictures linked where they lie.
 
     Every report was itself written from the `result.json` beside it.
     """
@@ -31,12 +37,8 @@ def write_page(page: Path, reports: Path) -> Path:
         lines += [f"## {part}", ""]
         for name in names:
             found = sorted(reports.glob(f"????-??-??-{name}/report.md"))
-            if found:
-                lines += [_taken(found[-1], page.parent), ""]
-            else:
-                lines += [f"`{name}`: not yet measured.", ""]
-    write_bytes(page, "\n".join(lines).encode())
-    return page
+            lines += [_taken(found[-1], beside) if found else f"`{name}`: not yet measured.", ""]
+    return "\n".join(lines)
 
 
 def _taken(report: Path, beside: Path) -> str:
