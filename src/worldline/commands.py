@@ -194,10 +194,15 @@ def _plan(config: Any, flags: set[str]) -> int:
 
 
 def _export(config: Any, flags: set[str]) -> int:
+    from worldline.core.files import read_json
     from worldline.edge.emit import export
 
     started = time.monotonic()
     path = export(config, qemu="--qemu" in flags)
+    if "--qemu" in flags:
+        for name, run in read_json(path / "manifest.json")["qemu"]["images"].items():
+            sizes = f"{run['flash_bytes']:,} bytes of flash, {run['ram_bytes']:,} of RAM"
+            print(f"{name} in QEMU ({run['machine']}): {run['bytes_equal']} bytes, all the reference's; {sizes}")
     wrote(path, started)
     print(f"next: worldline evaluate {path} data={config.data}")
     return 0
