@@ -2,7 +2,7 @@
 # make setup   .venv with everything, development tools too
 # make test    set-up, linter, types, every test
 # make bench   the timings, written to reports/
-# make readme  the figures of README.md and docs/phases again, from the reports
+# make readme  the figures of README.md, docs/phases, the model card and the roadmap again, from the reports
 #
 # PYTHON=python3.12 picks an interpreter (3.10 to 3.12). TORCH_INDEX= (empty) takes PyPI's torch, which on Linux carries CUDA.
 
@@ -43,6 +43,7 @@ readme: $(DEV_STAMP)
 	$(BIN)/python scripts/readme
 	$(BIN)/python scripts/phases
 	$(BIN)/python scripts/model_card
+	$(BIN)/python scripts/roadmap
 
 debian:
 	@scripts/system-packages $(BIN)/python

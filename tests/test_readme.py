@@ -63,7 +63,7 @@ def test_commands_and_links_exist(page: str) -> None:
 
 
 @needs_world
-@pytest.mark.parametrize("script", ["readme", "phases", "model_card"])
+@pytest.mark.parametrize("script", ["readme", "phases", "model_card", "roadmap"])
 def test_the_figures_are_those_of_the_reports(script: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
