@@ -73,7 +73,7 @@ def render(result: dict[str, Any]) -> str:
     ]
     for name, (middle, least, most) in found.items():
         cost = "-" if name == "all" else f"{1e3 * _cpu_seconds(result, name):.2f}"
-        lines.append(f"| {PARTS[name]} | {middle:.3g} ({least:.3g} to {most:.3g}) | {cost} |")
+        lines.append(f"| {PARTS[name]} | {_few(middle)} ({_few(least)} to {_few(most)}) | {cost} |")
     share = found["all"][0] / min(found["feed"][0], found["update"][0])
     product = timing["product_flops"]
     lines += [
@@ -101,6 +101,10 @@ def render(result: dict[str, Any]) -> str:
 
 
 _SAID = {"update": "computing", "read": "the disk", "decode": "decoding"}
+
+
+def _few(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _cpu_seconds(result: dict[str, Any], part: str) -> float:
