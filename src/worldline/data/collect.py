@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from worldline.core.errors import WorldlineError, require_at_least
+from worldline.core.errors import WorldlineError, differing, require_at_least
 from worldline.core.files import atomic_path, read_json, write_json
 from worldline.core.progress import Task, progress
 from worldline.core.seeding import seed_for
@@ -275,14 +275,8 @@ def _complete(path: Path, staging: Path, config: CollectConfig) -> bool:
 
 
 def _compare(path: Path, there: dict[str, Any], config: CollectConfig) -> None:
-    wanted = config.identity()
-    differences = [
-        f"{key}={there.get(key)} there, {key}={wanted.get(key)} asked for"
-        for key in sorted(wanted.keys() | there.keys())
-        if there.get(key) != wanted.get(key)
-    ]
-    if differences:
+    if differences := differing(there, config.identity()):
         raise WorldlineError(
-            f"{path}: holds another collection ({'; '.join(differences)}); it is never overwritten: "
+            f"{path}: holds another collection ({differences}); it is never overwritten: "
             "remove it, or choose another path"
         )

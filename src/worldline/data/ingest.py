@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from worldline.core.errors import WorldlineError, require_at_least
+from worldline.core.errors import WorldlineError, differing, require_at_least
 from worldline.core.files import atomic_path, fsync_directory, read_json, sha256_file, write_json
 from worldline.core.progress import progress
 from worldline.data.clip_cache import INDEX
@@ -311,14 +311,8 @@ def _complete(path: Path, staging: Path, config: IngestConfig) -> bool:
 
 
 def _compare(path: Path, there: dict[str, Any], config: IngestConfig) -> None:
-    wanted = config.identity()
-    differences = [
-        f"{key}={there.get(key)} there, {key}={wanted.get(key)} asked for"
-        for key in sorted(wanted.keys() | there.keys())
-        if there.get(key) != wanted.get(key)
-    ]
-    if differences:
+    if differences := differing(there, config.identity()):
         raise WorldlineError(
-            f"{path}: holds other clips ({'; '.join(differences)}); they are never overwritten: "
+            f"{path}: holds other clips ({differences}); they are never overwritten: "
             "remove them, or choose another path"
         )
