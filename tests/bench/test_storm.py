@@ -50,8 +50,9 @@ def test_a_report_says_who_did_not_hold(result: dict[str, Any]) -> None:
     known["timing"]["crowd"]["crowded"][1][0]["missed"] = 0
     known["replays"][0]["ok"] = False
     assert storm.render(known).startswith("# Storms: NOT every session holds")
-    for row in known["timing"]["inputs"]["storm"]:
-        row["busy_p99_ms"] = 100.0
+    for name, milliseconds in (("quiet", 1.0), ("storm", 100.0)):
+        for row in known["timing"]["inputs"][name]:
+            row["busy_p99_ms"] = milliseconds
     assert "latency SPIKES" in storm.render(known)
 
 
