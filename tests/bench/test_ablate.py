@@ -106,10 +106,21 @@ def test_a_grid_is_trained_once_and_told_in_full(tmp_path: Path, monkeypatch: py
     (frontier,) = re.findall(r"\]\((.*frontier\.svg)\)", published)
     assert Path("docs", frontier).read_text().startswith("<svg")
 
+    # other options of a later stage: only that one is run again
+    done = [places["lewm"] / name for name in ("result.json", "evaluation/result.json")]
+    before = [path.stat().st_mtime_ns for path in done]
+    for name in places:
+        Path(f"reports/ablate/two_room/{name}-0.json").unlink()
+    grid = dataclasses.replace(GRID, plan=f"{GRID.plan} budget=1")
+    result = read_json(run(dataclasses.replace(grid, terms=())).parent / "result.json")
+    assert result["failures"] == {}
+    assert [path.stat().st_mtime_ns for path in done] == before
+    assert read_json(places["lewm"] / "planning/result.json")["config"]["budget"] == 1
+
     kept = {path: path.read_text() for path in Path("reports/ablate").rglob("*.json")}
     assert {path.name for path in kept} == {"costs.json", "ours-0.json", "lewm-0.json"}
     shutil.rmtree("runs")
-    again = read_json(run(dataclasses.replace(GRID, train=False)).parent / "result.json")
+    again = read_json(run(dataclasses.replace(grid, train=False)).parent / "result.json")
     assert {key: again[key] for key in ("runs", "pairs", "oracle")} == {
         key: result[key] for key in ("runs", "pairs", "oracle")
     }
@@ -117,4 +128,4 @@ def test_a_grid_is_trained_once_and_told_in_full(tmp_path: Path, monkeypatch: py
     assert not Path("runs").exists(), "evidence is enough"
     assert {path: path.read_text() for path in Path("reports/ablate").rglob("*.json")} == kept
     with pytest.raises(WorldlineError, match="is evidence of a run with evaluate"):
-        run(dataclasses.replace(GRID, evaluate="horizon=20"))
+        run(dataclasses.replace(grid, evaluate="horizon=20"))

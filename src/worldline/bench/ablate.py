@@ -6,6 +6,7 @@ on on another machine, and anybody can draw the report again without training.
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import subprocess
 import sys
@@ -261,20 +262,26 @@ def _finish(config: AblateConfig, data: Path, run: Run) -> str | None:
     steps = [f"{stage}.steps={count}" for stage, count in run.steps.items()]
     options = _train_options(config, data, run.options)
     out, planning = run.place / "evaluation", run.place / "planning"
+    calls = {out: ["evaluate", str(run.place), f"data={data}", f"out={out}", *config.evaluate.split()]}
+    if config.plan is not None:
+        oracle = f"oracle={run.oracle}".lower()
+        calls[planning] = ["plan", str(run.place), f"data={data}", f"out={planning}", oracle, *config.plan.split()]
     try:
-        if not (run.place / "result.json").exists():
-            _worldline("train", *options, *steps, f"path={run.place}", f"seed={run.seed}", log=run.place)
-        if not (out / "result.json").exists():
-            words = config.evaluate.split()
-            _worldline("evaluate", str(run.place), f"data={data}", f"out={out}", *words, log=run.place)
-        if config.plan is not None and not (planning / "result.json").exists():
-            words = [f"data={data}", f"out={planning}", f"oracle={run.oracle}".lower(), *config.plan.split()]
-            _worldline("plan", str(run.place), *words, log=run.place)
+        # a finished run is left alone, but for a look at its options
+        _worldline("train", *options, *steps, f"path={run.place}", f"seed={run.seed}", log=run.place)
+        for place, call in calls.items():
+            if _command_of(place / "result.json") != call:
+                _worldline(*call, log=run.place)
         found = collect_evidence(run.place, {"world": run.world, "variant": run.variant, "seed": run.seed})
         write_json(run.evidence, {"asked": _asked(config, run), **found, "provenance": provenance()})
     except WorldlineError as error:
         return str(error)
     return None
+
+
+def _command_of(result: Path) -> list[str] | None:
+    """Return the arguments that a result was made with, or None if there is none."""
+    return shlex.split(read_json(result)["provenance"]["command"])[1:] if result.exists() else None
 
 
 def _worldline(*arguments: str, log: Path | None = None) -> None:
