@@ -31,7 +31,7 @@ from PIL import Image
 
 from worldline.core.errors import WorldlineError
 from worldline.core.files import atomic_path
-from worldline.data.clips import check_ids
+from worldline.data.clips import Record, check_ids, read_record
 
 INDEX = np.dtype([("offset", "<u4"), ("size", "<u4"), ("crc", "<u4")])
 """12 bytes a clip, all that a reader holds of it."""
@@ -160,6 +160,9 @@ class CachedClips:
             if not self._raw:
                 self._decode(target, clips[row])
         return clips
+
+    def record(self) -> Record:
+        return read_record(self.path)
 
     def pieces(self, ids: Int64[np.ndarray, " b"]) -> list[tuple[Path, int, int]]:
         """Return where the bytes of each clip lie: file, offset, size."""

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64, UInt8
 
 from worldline.core.errors import WorldlineError
-from worldline.data.clips import check_ids
+from worldline.data.clips import Record, check_ids, read_record
 from worldline.data.footage import Fit, Unusable, VideoFootage
 from worldline.data.sources import as_on_disk
 
@@ -53,6 +53,9 @@ class VideoClips:
             except Unusable as error:
                 raise WorldlineError(f"{path}: not as it was when ingested ({error}); copy it again") from None
         return clips
+
+    def record(self) -> Record:
+        return read_record(self.path)
 
     def _video(self, episode: int) -> Path:
         if self.card["codec"] == "h264":

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from jaxtyping import Int64, UInt8
 
 from worldline.core.errors import WorldlineError
@@ -18,6 +21,15 @@ VERSION = 1
 CODECS = ("jpeg", "raw", "h264", "source")
 IN_TABLES = ("jpeg", "raw")
 """Codecs whose clips lie in the Parquet files of a cache; the others are decoded out of videos."""
+
+
+class Record(NamedTuple):
+    """Where clips come from, and what ingest could not take; `data` names the folder that a row is of."""
+
+    episodes: pa.Table
+    """`data`, `item`, `path`, `episode`, and `first_clip`, which rises."""
+    ledger: pa.Table
+    """`data`, `item`, `path`, `episode`, `reason`, `detail`, `clips_kept`, `clips_lost`."""
 
 
 @runtime_checkable
@@ -35,6 +47,14 @@ class Clips(Protocol):
 
         Raises:
             WorldlineError: no such number, or what is read is damaged or missing.
+        """
+        ...
+
+    def record(self) -> Record:
+        """Return where the clips come from.
+
+        Raises:
+            WorldlineError: a table is missing.
         """
         ...
 
@@ -73,6 +93,20 @@ def read_card(path: Path) -> dict[str, Any]:
     return card
 
 
+def read_record(path: Path) -> Record:
+    """Read where the clips of a folder come from."""
+    entry = ["item", "path", "episode"]
+    columns = {"episodes": [*entry, "first_clip"], "ledger": [*entry, "reason", "detail", "clips_kept", "clips_lost"]}
+    tables = {}
+    for name, wanted in columns.items():
+        try:
+            table = pq.read_table(path / f"{name}.parquet", columns=wanted)
+        except FileNotFoundError:
+            raise WorldlineError(f"{path / name}.parquet: missing; copy the clips again") from None
+        tables[name] = table.append_column("data", pa.repeat(str(path), len(table)))
+    return Record(**tables)
+
+
 def check_ids(ids: Int64[np.ndarray, " b"], num_clips: int, what: object) -> None:
     """Refuse numbers that no clip has."""
     if len(ids) and (ids.min() < 0 or ids.max() >= num_clips):
@@ -108,3 +142,11 @@ class JoinedClips:
             here = which == number
             clips[here] = self.parts[number].read(ids[here] - self._firsts[number])
         return clips
+
+    def record(self) -> Record:
+        parts, episodes = [part.record() for part in self.parts], []
+        for part, first in zip(parts, self._firsts[:-1].tolist(), strict=True):
+            place = part.episodes.column_names.index("first_clip")
+            numbers = pc.add(part.episodes["first_clip"], first)
+            episodes.append(part.episodes.set_column(place, "first_clip", numbers))
+        return Record(pa.concat_tables(episodes), pa.concat_tables([part.ledger for part in parts]))

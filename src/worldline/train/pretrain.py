@@ -6,10 +6,11 @@ the number of ranks, and may change it when it is resumed.
 RUN/run.json            what was asked for, and of which clips
 RUN/metrics.jsonl       loss and gradient, means over `log_every` updates
 RUN/batches.jsonl       a line an update: a hash of the ids that all ranks read for it
-RUN/lost.jsonl          a line for each clip that an update should have seen and could not: id, attempts, reason
+RUN/lost.jsonl          a line for each clip that an update should have seen and could not: which, attempts, reason
 RUN/timing.jsonl        speed, and the share of time that updates waited for clips, over ranks and updates
 RUN/checkpoints, last   see `shards.py`
 RUN/encoder.json, encoder.safetensors   the pre-trained encoder, for `load_encoder`
+RUN/unseen.parquet      every clip that no update saw, by file and reason; see `unseen.py`
 RUN/result.json         written last: the run is finished
 """
 
@@ -25,9 +26,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from worldline.core.errors import WorldlineError, require_at_least
+from worldline.core.files import atomic_path
 from worldline.core.memory import keep_freed_memory
 from worldline.core.progress import progress
 from worldline.core.result import provenance, write_result
@@ -50,6 +53,7 @@ from worldline.train.loop import threads
 from worldline.train.masks import MaskConfig
 from worldline.train.parallel import ParallelConfig, Ranks, open_ranks
 from worldline.train.shards import Shards
+from worldline.train.unseen import UNSEEN, entry_of, list_unseen, sum_up, told
 
 BATCHES, LOST = "batches.jsonl", "lost.jsonl"
 _FREE = ("path", "data", "also", "threads", "device", "parallel", "feed", "ray", "log_every", "checkpoint_every")
@@ -156,6 +160,7 @@ class Pretraining:
             config.model, config.mask, config.learner, config.parallel, ranks, seed=config.seed, device=config.device
         )
         self.shards = Shards(config.path, ranks)
+        self.record = clips.record()
         self.step, self.loss = 0, math.nan
 
     def run(self) -> None:
@@ -244,7 +249,7 @@ class Pretraining:
             ids = np.concatenate([np.array(seen.ids, dtype=np.int64) for seen in update])
             append_line(run / BATCHES, {"step": update[0].step + 1, "batch": batch_hash(ids)})
         for each in lost:
-            append_line(run / LOST, {**each._asdict(), "step": each.step + 1})
+            append_line(run / LOST, {**each._asdict(), "step": each.step + 1, **entry_of(self.record, each.clip)})
         metrics = {"step": self.step, "loss": self.loss, "losses": losses, "gradient_norm": gradient}
         append_line(run / METRICS, metrics | {"lost": len(lost)})
         stalls = np.array([[seen.waited / seen.seconds for seen in update] for update in updates])
@@ -271,20 +276,28 @@ class Pretraining:
             card = {"step": self.step, "data": self.clips.fingerprint, "config": config, "provenance": provenance()}
             save_encoder(run, self.config.model, weights, card)
             lines = (run / LOST).read_text().splitlines() if (run / LOST).exists() else []
-            lost = sorted({json.loads(line)["clip"] for line in lines})
+            lost = [json.loads(line) for line in lines]
+            unseen = list_unseen(self.record, self.order, self.step, lost)
+            with atomic_path(run / UNSEEN) as temporary:
+                pq.write_table(unseen, temporary, compression="zstd")
+            never_seen = sum_up(unseen)
             figures = {
                 "steps": self.step,
                 "loss": self.loss,
-                "lost": len(lines),
-                "lost_clips": lost,
+                "lost": len(lost),
+                "lost_clips": sorted({each["clip"] for each in lost}),
                 "clips": self.clips.num_clips,
+                "never_seen": never_seen,
                 "parameters": self.learner.num_parameters,
                 "data": self.clips.fingerprint,
                 "config": config,
             }
             write_result(run / RESULT, "pretraining", figures, timing)
-            told = f"; {len(lines)} clips could not be read, see {LOST}" if lines else ""
-            print(f"{run}: loss {self.loss:.4f} after {self.step} updates{told}")
+            print(f"{run}: loss {self.loss:.4f} after {self.step} updates")
+            if lost:
+                print(f"{len(lost)} times a clip could not be read, see {LOST}")
+            if len(unseen):
+                print(f"never seen: {told(never_seen)}; see {UNSEEN}")
         self.ranks.wait()
 
 
