@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldline.core.errors import WorldlineError
-from worldline.train.masks import MaskConfig, masks, visible_cells
+from worldline.train.masks import MaskConfig, masks, shade, visible_cells
 
 
 @given(
@@ -56,3 +56,11 @@ def test_large_blocks_leave_the_visible_part_in_one_piece_more_often() -> None:
 def test_shares_that_leave_nothing_are_refused() -> None:
     with pytest.raises(WorldlineError, match="shares between 0 and 1"):
         MaskConfig(block=(0.5,), visible=(1.0,))
+
+
+def test_hidden_tubelets_are_dark_in_the_picture_and_others_are_not() -> None:
+    grid = (2, 3, 4)
+    _, hidden = masks(MaskConfig(), 0, grid, np.arange(1), step=0, seed=1)
+    shown = shade(np.full((4, 24, 32, 3), 200, np.uint8), hidden[0], grid)
+    tubelets = shown.reshape(2, 2, 3, 8, 4, 8, 3).transpose(0, 2, 4, 1, 3, 5, 6).reshape(24, -1)
+    assert [set(row) for row in tubelets.tolist()] == [{50 if n in hidden[0] else 200} for n in range(24)]

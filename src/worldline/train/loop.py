@@ -113,7 +113,8 @@ class Training:
         self._restore()
         resumed_at = self.step
         total, config = total_steps(self.config), self.config
-        with closing(open_tracker(config.track, config.path, config.to_json(), config.track_project)) as self.tracker:
+        tracker = open_tracker(config.track, config.path, config.to_json(), config.track_project, self.step)
+        with closing(tracker) as self.tracker:
             with progress(f"train {self.dataset.spec.name}", total, self.step) as task:
                 if self.step < config.joint.steps:
                     self._run_stage(task)
@@ -121,7 +122,7 @@ class Training:
                     self._run_stage(task)
             timing = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - spent}
             self._finish(timing | {"resumed_at": resumed_at})
-            self.tracker.finish(find_world(config.path))
+            self.tracker.finish("world", sorted(find_world(config.path).iterdir()))
 
     def _run_stage(self, task: Task) -> None:
         """Run the stage that the next update belongs to, to its end."""

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 
 from worldline.core.errors import WorldlineError
 from worldline.core.seeding import rng_for
@@ -56,6 +56,17 @@ def masks(
         kept.append((tokens + cells[seen]).ravel())
         hidden.append((tokens + cells[~seen]).ravel())
     return np.stack(kept).astype(np.int64), np.stack(hidden).astype(np.int64)
+
+
+def shade(
+    clip: UInt8[np.ndarray, "t h w 3"], hidden: Int64[np.ndarray, " m"], grid: tuple[int, int, int]
+) -> UInt8[np.ndarray, "t h w 3"]:
+    """Return a clip whose hidden tubelets are dark."""
+    light = np.full(grid, 4, dtype=np.uint8)
+    light.flat[hidden] = 1
+    for axis, count in enumerate(grid):
+        light = light.repeat(clip.shape[axis] // count, axis=axis)
+    return clip // 4 * light[..., None]
 
 
 def _visible(config: MaskConfig, kind: int, rows: int, cols: int, rng: np.random.Generator) -> np.ndarray:

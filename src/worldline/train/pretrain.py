@@ -20,13 +20,15 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
+from PIL import Image
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from worldline.core.errors import WorldlineError, require_at_least
@@ -36,7 +38,8 @@ from worldline.core.progress import progress
 from worldline.core.result import provenance, write_result
 from worldline.data.clips import Clips, JoinedClips, open_clips
 from worldline.data.order import Order, batch_hash
-from worldline.model.video import VideoConfig, save_encoder
+from worldline.model.picture import filmstrip
+from worldline.model.video import CARD, WEIGHTS, VideoConfig, save_encoder
 from worldline.train.checkpoint import (
     METRICS,
     RESULT,
@@ -50,13 +53,17 @@ from worldline.train.checkpoint import (
 from worldline.train.feed import Batch, Feed, FeedConfig, Lost
 from worldline.train.learner import Learner, LearnerConfig
 from worldline.train.loop import threads
-from worldline.train.masks import MaskConfig
+from worldline.train.masks import MaskConfig, masks, shade
 from worldline.train.parallel import ParallelConfig, Ranks, open_ranks
 from worldline.train.shards import Shards
+from worldline.train.tracking import Tracker, Tracking, flatten, open_tracker
 from worldline.train.unseen import UNSEEN, entry_of, list_unseen, sum_up, told
 
 BATCHES, LOST = "batches.jsonl", "lost.jsonl"
-_FREE = ("path", "data", "also", "threads", "device", "parallel", "feed", "ray", "log_every", "checkpoint_every")
+_FREE = (
+    "path", "data", "also", "threads", "device", "parallel", "feed", "ray", "log_every", "checkpoint_every", "track",
+    "track_project",
+)  # fmt: skip
 """Options that may differ when a run is resumed: where and how, not what."""
 
 
@@ -102,6 +109,10 @@ class PretrainConfig:
     """Updates between two lines of metrics."""
     checkpoint_every: int = 500
     """Updates between two checkpoints."""
+    track: Tracking = "none"
+    """Show metrics, masked clips and the encoder to TensorBoard or Weights & Biases, too; rank 0 does."""
+    track_project: str = "worldline"
+    """The project in Weights & Biases."""
 
     def __post_init__(self) -> None:
         require_at_least(self, {"batch": 1, "threads": 0, "log_every": 1, "checkpoint_every": 1})
@@ -161,6 +172,7 @@ class Pretraining:
         )
         self.shards = Shards(config.path, ranks)
         self.record = clips.record()
+        self.tracker: Tracker
         self.step, self.loss = 0, math.nan
 
     def run(self) -> None:
@@ -171,10 +183,15 @@ class Pretraining:
                 truncate_lines(self.config.path / name, self.step)
         if self.step:
             _say(self.ranks, f"{self.config.path}: going on from step {self.step} on {self.ranks.count} rank(s)")
-        self._train()
-        self.shards.finish()
-        timing = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - spent}
-        self._finish(timing | {"resumed_at": resumed_at, "ranks": self.ranks.count})
+        config = self.config
+        kind = config.track if self.ranks.rank == 0 else "none"
+        tracker = open_tracker(kind, config.path, config.to_json(), config.track_project, self.step)
+        with closing(tracker) as self.tracker:
+            self._train()
+            self.shards.finish()
+            timing = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - spent}
+            self._finish(timing | {"resumed_at": resumed_at, "ranks": self.ranks.count})
+            self.tracker.finish("encoder", [config.path / name for name in (CARD, WEIGHTS)])
 
     def _train(self) -> None:
         config, total = self.config, self.config.learner.steps
@@ -209,6 +226,7 @@ class Pretraining:
                     self._log(seen)
                     seen = []
                     if saves:
+                        self.tracker.picture(self.step, "masks", partial(self._masked, batch))
                         self.learner.save(self.shards, self.step)
                 self.shards.poll()
                 if task is not None:
@@ -251,7 +269,8 @@ class Pretraining:
         for each in lost:
             append_line(run / LOST, {**each._asdict(), "step": each.step + 1, **entry_of(self.record, each.clip)})
         metrics = {"step": self.step, "loss": self.loss, "losses": losses, "gradient_norm": gradient}
-        append_line(run / METRICS, metrics | {"lost": len(lost)})
+        metrics["lost"] = len(lost)
+        append_line(run / METRICS, metrics)
         stalls = np.array([[seen.waited / seen.seconds for seen in update] for update in updates])
         seconds = sum(update[0].seconds for update in updates)
         p50, p95 = (float(q) for q in np.percentile(stalls, (50, 95)))
@@ -265,8 +284,18 @@ class Pretraining:
             "ranks": self.ranks.count,
         }
         append_line(run / TIMING, {"step": self.step, **timing})
+        self.tracker.numbers(self.step, flatten(metrics) | flatten(timing, "timing/"))
         for name in (METRICS, BATCHES) + ((LOST,) if lost else ()):
             flush_to_disk(run / name)
+
+    def _masked(self, batch: Batch) -> Image.Image:
+        """Draw the first clip of a batch, and what the encoder saw of it under each of its masks."""
+        config, clip = self.config, batch.clips[0].cpu().numpy()
+        films = [clip]
+        for kind in range(len(config.mask.block)):
+            _, hidden = masks(config.mask, kind, config.model.grid, batch.ids[:1], batch.step, config.seed)
+            films.append(shade(clip, hidden[0], config.model.grid))
+        return filmstrip(films, every=config.model.tubelet, scale=1)
 
     def _finish(self, timing: dict[str, Any]) -> None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)

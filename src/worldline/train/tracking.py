@@ -7,7 +7,7 @@ Both work without a network: TensorBoard writes event files, and `WANDB_MODE=off
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -25,15 +25,15 @@ class Tracker(Protocol):
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
     def picture(self, step: int, name: str, draw: Callable[[], Image.Image]) -> None: ...
-    def finish(self, checkpoint: Path) -> None:
-        """Hear that the run is finished, and where its best checkpoint is."""
+    def finish(self, name: str, files: Sequence[Path]) -> None:
+        """Hear that the run is finished, and which files it was for."""
         ...
 
     def close(self) -> None: ...
 
 
-def open_tracker(kind: Tracking, run: Path, config: dict[str, Any], project: str) -> Tracker:
-    """Return who follows a run; the same run goes on in the same place when it is resumed.
+def open_tracker(kind: Tracking, run: Path, config: dict[str, Any], project: str, step: int) -> Tracker:
+    """Return who follows a run from `step` on; the same run goes on in the same place when it is resumed.
 
     Raises:
         WorldlineError: the package is not installed.
@@ -41,7 +41,7 @@ def open_tracker(kind: Tracking, run: Path, config: dict[str, Any], project: str
     if kind == "none":
         return _Nobody()
     try:
-        return _WandB(run, config, project) if kind == "wandb" else _TensorBoard(run)
+        return _WandB(run, config, project) if kind == "wandb" else _TensorBoard(run, step)
     except ImportError as error:
         package = "wandb" if kind == "wandb" else "tensorboard"
         raise WorldlineError(
@@ -63,17 +63,17 @@ def flatten(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 class _Nobody:
     def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
     def picture(self, step: int, name: str, draw: Callable[[], Image.Image]) -> None: ...
-    def finish(self, checkpoint: Path) -> None: ...
+    def finish(self, name: str, files: Sequence[Path]) -> None: ...
     def close(self) -> None: ...
 
 
 class _TensorBoard:
-    """Event files in RUN/tensorboard."""
+    """Event files in RUN/tensorboard; what an interrupted run told past the step that it resumes from is taken back."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run / "tensorboard"))
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -82,8 +82,8 @@ class _TensorBoard:
     def picture(self, step: int, name: str, draw: Callable[[], Image.Image]) -> None:
         self._writer.add_image(name, np.asarray(draw()), step, dataformats="HWC")
 
-    def finish(self, checkpoint: Path) -> None:
-        self._writer.add_text("checkpoint", str(checkpoint))
+    def finish(self, name: str, files: Sequence[Path]) -> None:
+        self._writer.add_text(name, "  \n".join(map(str, files)))
 
     def close(self) -> None:
         self._writer.close()
@@ -105,9 +105,9 @@ class _WandB:
     def picture(self, step: int, name: str, draw: Callable[[], Image.Image]) -> None:
         self._run.log({name: self._wandb.Image(draw())}, step=step)
 
-    def finish(self, checkpoint: Path) -> None:
-        artifact = self._wandb.Artifact(f"world-{self._run.id}", type="model")
-        for file in sorted(checkpoint.iterdir()):
+    def finish(self, name: str, files: Sequence[Path]) -> None:
+        artifact = self._wandb.Artifact(f"{name}-{self._run.id}", type="model")
+        for file in files:
             artifact.add_file(str(file))
         self._run.log_artifact(artifact)
 

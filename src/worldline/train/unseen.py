@@ -47,11 +47,8 @@ def list_unseen(record: Record, order: Order, steps: int, lost: Sequence[dict[st
     `lost` are the lines of `lost.jsonl`, whose steps count from 1.
     """
     entry = ("data", "item", "path", "episode")
-    ledger = {
-        **{name: record.ledger[name] for name in (*entry, "reason", "detail")},
-        "first": record.ledger["clips_kept"],
-    }
-    at_ingest = pa.table(ledger | {"clips": record.ledger["clips_lost"]}).select(SCHEMA.names)
+    renamed = {"first": "clips_kept", "clips": "clips_lost"}
+    at_ingest = pa.table({name: record.ledger[renamed.get(name, name)] for name in SCHEMA.names})
     ids = np.flatnonzero(~_seen(order, steps, lost))
     details = {each["clip"]: each["reason"] for each in lost}
     reasons = {reason: number for number, reason in enumerate(["", *dict.fromkeys(details.values())])}
