@@ -551,6 +551,7 @@ COMMANDS: dict[str, Command] = {
             """,
             examples=(
                 ("worldline bottleneck datasets/k400", "on 8 H100 at 40% of their peak"),
+                ("worldline bottleneck datasets/k400 run=runs/k400-vit_tiny", "and what the ranks of this run waited"),
                 ("worldline bottleneck datasets/k400 feed.threads=2 target.gpus=64 target.data_tb=2", "another one"),
             ),
             run=_bottleneck,

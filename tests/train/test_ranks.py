@@ -12,6 +12,7 @@ import pytest
 from ranks_process import first_gradients
 from toy_clips import MODEL, toy_config
 
+from worldline.bench.bottleneck import read_waiting
 from worldline.train.masks import MaskConfig
 from worldline.train.memory import rank_needs
 from worldline.train.parallel import ParallelConfig, Ranks
@@ -55,6 +56,10 @@ def test_killed_and_resharded_it_saw_the_same_batches_and_learned_the_same(run: 
     assert read_curve(run) == pytest.approx(record["loss"], rel=record["relative_tolerance"])
     ranks = [json.loads(line)["ranks"] for line in (run / "timing.jsonl").read_text().splitlines()]
     assert sorted(set(ranks), key=ranks.index) == [2, 1, 4]
+    waited = read_waiting(run)
+    assert waited["ranks"] == 4
+    assert waited["updates"] % 8 == 0
+    assert 0.0 < waited["stall_over_ranks"]["p50"] <= waited["stall"]["max"] <= 1.0
     assert len(list(run.parent.glob("*.killed"))) == 3
 
 

@@ -7,6 +7,7 @@ lowest ceiling names what limits. What a clip costs (CPU seconds, bytes, FLOPs) 
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from worldline.data.clip_cache import CachedClips
 from worldline.data.clips import Clips, open_clips
 from worldline.data.order import Order
 from worldline.model.video import MaskedVideo, VideoConfig
+from worldline.train.checkpoint import TIMING
 from worldline.train.feed import Batch, Feed, FeedConfig
 from worldline.train.learner import Learner, LearnerConfig
 from worldline.train.loop import threads
@@ -88,6 +91,8 @@ class BottleneckConfig:
     """CPU threads of updates; the feed has its own."""
     seed: int = 0
     """Of weights, masks and the order of clips."""
+    run: Path | None = None
+    """A worldline pretrain run, of any number of ranks, finished or not: what its updates waited is told, too."""
     target: TargetConfig = field(default_factory=TargetConfig)
     reports: Path = Path("reports")
     """Where `DATE-bottleneck/` is written."""
@@ -112,19 +117,17 @@ def run(config: BottleneckConfig) -> Path:
         )
     clips = open_clips(config.data)
     check_fit(config.data, clips, config.model)
+    waited = None if config.run is None else read_waiting(config.run)
     keep_freed_memory()
     with threads(config.threads):
         parts = _Parts(config, clips)
         turns: dict[str, list[dict[str, float]]] = {name: [] for name in parts.all}
-        stalls: list[float] = []
-        ready: list[int] = []
         with progress("bottleneck", config.rounds * len(turns)) as task:
             for number in range(config.rounds):
                 order = list(parts.all.items())
                 for name, part in order if number % 2 == 0 else order[::-1]:
                     turns[name].append(part())
                     task.advance(1, f"{name}: {turns[name][-1]['clips_per_second']:.1f} clips/s")
-        stalls, ready = parts.stalls, parts.ready
         product = _gemm_flops(torch.bfloat16 if config.learner.bfloat16 else torch.float32)
     figures = {
         "data": {"fingerprint": clips.fingerprint, "num_clips": clips.num_clips, "frames": clips.num_frames,
@@ -137,15 +140,50 @@ def run(config: BottleneckConfig) -> Path:
     }  # fmt: skip
     timing = {
         "turns": turns,
-        "stall": {**{f"p{q}": float(np.percentile(stalls, q)) for q in (50, 95)}, "max": max(stalls)},
-        "mean_ready_batches": float(np.mean(ready)),
+        "stall": _spread(parts.stalls),
+        "ready_batches": {name: float(np.mean(found)) for name, found in parts.ready.items()},
         "product_flops": product,
+        "run": waited,
     }
     folder = config.reports / f"{date.today():%Y-%m-%d}-bottleneck"
     write_result(folder / "result.json", "bottleneck", figures, timing)
     report = folder / "report.md"
     write_bytes(report, render(read_json(folder / "result.json")).encode())
     return report
+
+
+def read_waiting(run: Path) -> dict[str, Any]:
+    """Return what the updates of a pre-training waited for clips, from its `timing.jsonl`.
+
+    A rank that waits makes all wait, so that an update's exposed stall is the longest one of its ranks. Of a run that
+    went on with another number of ranks, what was trained on the last one counts.
+
+    Raises:
+        WorldlineError: there is no such run, or it has no timing of this kind yet.
+    """
+    try:
+        lines = [json.loads(line) for line in (run / TIMING).read_text().splitlines()]
+    except FileNotFoundError:
+        raise WorldlineError(f"{run}: expected a folder of worldline pretrain with {TIMING}") from None
+    lines = [line for line in lines if "stalls" in line and line["ranks"] == lines[-1]["ranks"]]
+    if not lines:
+        raise WorldlineError(f"{run / TIMING} tells no stalls; pre-train with this worldline, for log_every updates")
+    seconds = sum(line["seconds"] for line in lines)
+    stalls = [stall for line in lines for stall in line["stalls"]]
+    by_rank = np.sum([line["waited_by_rank"] for line in lines], axis=0) / seconds
+    updates = [len(line["stalls"]) for line in lines]
+    return {
+        "path": str(run),
+        "ranks": len(by_rank),
+        "updates": len(stalls),
+        "stall": _spread(stalls),
+        "stall_over_ranks": _spread(by_rank.tolist()),
+        "ready_batches": float(np.average([line["ready"] for line in lines], weights=updates)),
+    }
+
+
+def _spread(shares: list[float]) -> dict[str, float]:
+    return {**{f"p{q}": float(np.percentile(shares, q)) for q in (50, 95)}, "max": max(shares)}
 
 
 class _Parts:
@@ -164,7 +202,7 @@ class _Parts:
         self._learner.update(self._batch)  # makes the optimiser's state
         self.stalls: list[float] = []
         """Of every update of `all`: the share of its time that it waited for its batch."""
-        self.ready: list[int] = []
+        self.ready: dict[str, list[int]] = {"feed": [], "all": []}
         """Batches that lay ready when one was asked for."""
         self.bytes_per_clip: float | None = None
         self.all: dict[str, Callable[[], dict[str, float]]] = {}
@@ -224,7 +262,12 @@ class _Parts:
     def _feed_alone(self) -> dict[str, float]:
         with self._feed() as feed:
             batches = iter(feed)
-            found = self._turn(lambda: next(batches), time.process_time)
+
+            def once() -> None:
+                self.ready["feed"].append(feed.ready)
+                next(batches)
+
+            found = self._turn(once, time.process_time)
         self._step += _FAR
         return found
 
@@ -239,7 +282,7 @@ class _Parts:
 
             def once() -> None:
                 begun, waited = time.perf_counter(), feed.waited_seconds
-                self.ready.append(feed.ready)
+                self.ready["all"].append(feed.ready)
                 batch: Batch = next(batches)
                 self._learner.update(batch)
                 self.stalls.append((feed.waited_seconds - waited) / (time.perf_counter() - begun))

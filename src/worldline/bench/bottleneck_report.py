@@ -68,21 +68,32 @@ def render(result: dict[str, Any]) -> str:
         f"{config['feed']['threads']} thread(s) that feed, {config['threads']} that train. Every part alone, in turns "
         f"of {config['seconds']:g} s, {config['rounds']} of each.",
         "",
-        "| part | clips/s, median (least to most) | CPU ms a clip |",
-        "|---|---|---|",
+        f"| part | clips/s, median (least to most) | CPU ms a clip | KB a clip | MB/s | ready, of "
+        f"{config['feed']['depth']} batches |",
+        "|---|---|---|---|---|---|",
     ]
+    pixels = result["data"]["frames"] * 3
+    sizes = {"read": size, "decode": pixels * result["data"]["image_size"] ** 2}
+    sizes["feed"] = pixels * config["model"]["image_size"] ** 2
     for name, (middle, least, most) in found.items():
         cost = "-" if name == "all" else f"{1e3 * _cpu_seconds(result, name):.2f}"
-        lines.append(f"| {PARTS[name]} | {_few(middle)} ({_few(least)} to {_few(most)}) | {cost} |")
+        given = sizes.get(name, sizes["feed"])
+        ready = f"{timing['ready_batches'][name]:.1f}" if name in timing["ready_batches"] else "-"
+        lines.append(
+            f"| {PARTS[name]} | {_few(middle)} ({_few(least)} to {_few(most)}) | {cost} | {given / 1e3:,.1f} | "
+            f"{_few(middle * given / 1e6)} | {ready} |"
+        )
     share = found["all"][0] / min(found["feed"][0], found["update"][0])
     product = timing["product_flops"]
     lines += [
         "",
-        f"Together {found['all'][0]:.3g} clips/s, {100 * share:.0f}% of the lower ceiling. Updates "
-        f"waited {100 * stall['p50']:.1f}% of their time (p50), {100 * stall['p95']:.1f}% (p95), "
-        f"{100 * stall['max']:.1f}% (most); {timing['mean_ready_batches']:.1f} of {config['feed']['depth']} batches "
-        "lay ready when one was asked for.",
+        "KB are what a part hands on, and of updates what they take: bytes on disk, then pixels. Batches lay ready "
+        "when one was asked for.",
         "",
+        f"Together {found['all'][0]:.3g} clips/s, {100 * share:.0f}% of the lower ceiling. Updates "
+        f"waited {_percent(stall)}.",
+        "",
+        *_run(timing["run"]),
         f"An update spends {result['flops_per_clip'] / 1e9:.2f} GFLOP on a clip, hidden tokens not counted, and "
         f"reaches {achieved / 1e9:.1f} GFLOP/s: {100 * achieved / product:.0f}% of the {product / 1e9:.0f} that one "
         "large product reaches here." + (f" A clip has {size / 1e3:.1f} KB." if size else ""),
@@ -101,6 +112,23 @@ def render(result: dict[str, Any]) -> str:
 
 
 _SAID = {"update": "computing", "read": "the disk", "decode": "decoding"}
+
+
+def _percent(stall: dict[str, float]) -> str:
+    p50, p95, most = (100 * stall[name] for name in ("p50", "p95", "max"))
+    return f"{p50:.1f}% of their time (p50), {p95:.1f}% (p95), {most:.1f}% (most)"
+
+
+def _run(run: dict[str, Any] | None) -> list[str]:
+    if run is None:
+        return []
+    ranks = "1 rank" if run["ranks"] == 1 else f"{run['ranks']} ranks"
+    return [
+        f"In the run {run['path']}, on {ranks}, {run['updates']:,} updates waited {_percent(run['stall'])}, each as "
+        "long as the rank that waited longest, the first for the feed to begin. Ranks, each over all its updates, "
+        f"waited {_percent(run['stall_over_ranks'])}; {run['ready_batches']:.1f} batches lay ready on average.",
+        "",
+    ]
 
 
 def _few(value: float) -> str:

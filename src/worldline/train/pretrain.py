@@ -7,7 +7,8 @@ RUN/run.json            what was asked for, and of which clips
 RUN/metrics.jsonl       loss and gradient, means over `log_every` updates
 RUN/batches.jsonl       a line an update: a hash of the ids that all ranks read for it
 RUN/lost.jsonl          a line for each clip that an update should have seen and could not: which, attempts, reason
-RUN/timing.jsonl        speed, and the share of time that updates waited for clips, over ranks and updates
+RUN/timing.jsonl        speed, and the share of time that updates waited for clips: over ranks and updates, seconds of
+                        each rank, and by update (`stalls`) that of the rank that waited longest
 RUN/checkpoints, last   see `shards.py`
 RUN/encoder.json, encoder.safetensors   the pre-trained encoder, for `load_encoder`
 RUN/unseen.parquet      every clip that no update saw, by file and reason; see `unseen.py`
@@ -132,6 +133,8 @@ class Seen(NamedTuple):
     gradient: float
     waited: float
     seconds: float
+    ready: int
+    """Batches that lay ready when this one was asked for."""
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -195,7 +198,7 @@ class Pretraining:
 
     def _train(self) -> None:
         config, total = self.config, self.config.learner.steps
-        seen: list[tuple[Batch, Any, Any, float, float]] = []
+        seen: list[tuple[Batch, Any, Any, float, float, int]] = []
         with ExitStack() as stack:
             task = None
             if self.ranks.rank == 0:
@@ -214,12 +217,12 @@ class Pretraining:
                     device=config.device,
                 )
             )
-            mark, waited = time.perf_counter(), 0.0
+            mark, waited, ready = time.perf_counter(), 0.0, feed.ready
             for batch in feed:
                 loss, gradient = self.learner.update(batch)
                 self.step += 1
                 now = time.perf_counter()
-                seen.append((batch, loss, gradient, feed.waited_seconds - waited, now - mark))
+                seen.append((batch, loss, gradient, feed.waited_seconds - waited, now - mark, ready))
                 mark, waited = now, feed.waited_seconds
                 saves = self.step % config.checkpoint_every == 0 or self.step == total
                 if saves or self.step % config.log_every == 0:
@@ -231,12 +234,13 @@ class Pretraining:
                 self.shards.poll()
                 if task is not None:
                     task.advance(note="" if math.isnan(self.loss) else f"loss {self.loss:.4f}")
+                ready = feed.ready
 
-    def _log(self, own: list[tuple[Batch, Any, Any, float, float]]) -> None:
+    def _log(self, own: list[tuple[Batch, Any, Any, float, float, int]]) -> None:
         """Exchange what the ranks have seen since the last time; rank 0 writes it down."""
         mine = [
-            Seen(batch.step, batch.ids.tolist(), batch.lost, float(loss), float(gradient), waited, seconds)
-            for batch, loss, gradient, waited, seconds in own
+            Seen(batch.step, batch.ids.tolist(), batch.lost, float(loss), float(gradient), waited, seconds, ready)
+            for batch, loss, gradient, waited, seconds, ready in own
         ]
         updates = list(zip(*self.ranks.gather(mine), strict=True))
         losses = [self._over_seen(update) for update in updates]
@@ -273,15 +277,20 @@ class Pretraining:
         append_line(run / METRICS, metrics)
         stalls = np.array([[seen.waited / seen.seconds for seen in update] for update in updates])
         seconds = sum(update[0].seconds for update in updates)
+        waited = [sum(seen.waited for seen in of_rank) for of_rank in zip(*updates, strict=True)]
         p50, p95 = (float(q) for q in np.percentile(stalls, (50, 95)))
         timing = {
             "updates_per_second": len(updates) / seconds,
             "clips_per_second": len(updates) * self.config.batch / seconds,
-            "stall": sum(seen.waited for update in updates for seen in update) / self.ranks.count / seconds,
+            "stall": sum(waited) / self.ranks.count / seconds,
             "stall_p50": p50,
             "stall_p95": p95,
             "stall_max": float(stalls.max()),
+            "ready": float(np.mean([seen.ready for update in updates for seen in update])),
             "ranks": self.ranks.count,
+            "seconds": seconds,
+            "waited_by_rank": waited,
+            "stalls": stalls.max(axis=1).round(5).tolist(),
         }
         append_line(run / TIMING, {"step": self.step, **timing})
         self.tracker.numbers(self.step, flatten(metrics) | flatten(timing, "timing/"))
