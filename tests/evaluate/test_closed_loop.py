@@ -20,14 +20,16 @@ from worldline.data.lerobot import Dataset, open_dataset
 from worldline.data.two_room import MAX_SPEED, TwoRoom
 from worldline.evaluate import closed_loop, planning
 from worldline.evaluate.closed_loop import LoopConfig, OracleAgent, WorldAgent, attempt
+from worldline.evaluate.distances import distance_matrix, goal_order
 from worldline.evaluate.planning import PlanConfig, evaluate_planning
 from worldline.evaluate.starts import Stage, choose_starts
 from worldline.model.checkpoint import save_world
+from worldline.model.gauge import Gauge
 from worldline.model.world import State, World, WorldConfig
 from worldline.planning.planners import PlannerConfig, Space
 
 QUICK = PlannerConfig(steps=4, samples=40, iterations=4, elites=5)
-LOOP = LoopConfig(hold=3, whiten=False)
+LOOP = LoopConfig(hold=3, distance="plain")
 SPACE = Space.of(TwoRoom.spec, torch.zeros(2), torch.full((2,), 0.58))
 
 
@@ -43,7 +45,7 @@ class SeesThePlace(World):
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.spec, self.config = TwoRoom.spec, WorldConfig(context=2, latent_dim=2)
-        self.predictor = nn.Identity()
+        self.predictor, self.gauge = nn.Identity(), Gauge(2)
         self.action_mean, self.action_std = torch.zeros(2), torch.full((2,), 0.58)
 
     def encode(self, frames: UInt8[Tensor, "*b h w 3"]) -> Float[Tensor, "*b d"]:
@@ -222,18 +224,36 @@ def test_planning_repeats_resumes_and_reports(
 
 def test_whitening_wants_a_fitted_gauge_and_uses_it(dataset: Dataset) -> None:
     world = World(WorldConfig(latent_dim=8, conv_width=8, conv_head=4, hidden=16, decoder_width=4), dataset.spec).eval()
-    with pytest.raises(WorldlineError, match=r"loop\.whiten=false"):
-        WorldAgent(world, LoopConfig())
+    cache = FrameCache(dataset)
+    with pytest.raises(WorldlineError, match=r"loop\.distance=change"):
+        distance_matrix(world, "white", cache, 5)
     with torch.no_grad():
         world.gauge.radius99.fill_(1.0)
         world.gauge.whitening.copy_(2.0 * torch.eye(8))
         starts = choose_starts(dataset, offset=15, context=4, count=1, seed=1)
-        problems, actions, costs = closed_loop.problems_at(FrameCache(dataset), starts, 4), torch.zeros(1, 2, 3, 2), []
-        for whiten in (True, False):
-            agent = WorldAgent(world, LoopConfig(whiten=whiten))
+        problems, actions, costs = closed_loop.problems_at(cache, starts, 4), torch.zeros(1, 2, 3, 2), []
+        for distance in ("white", "plain"):
+            agent = WorldAgent(world, LoopConfig(distance=distance), distance_matrix(world, distance, cache, 5))
             agent.begin(problems, [])
             costs.append(agent.cost([0])(actions))
     assert torch.allclose(costs[0], 4.0 * costs[1])
+
+
+class SeesMore(SeesThePlace):
+    """The same place, small, beside a large latent that is another at every moment."""
+
+    def encode(self, frames: UInt8[Tensor, "*b h w 3"]) -> Float[Tensor, "*b d"]:
+        place = super().encode(frames)
+        return torch.cat((place, 100.0 * torch.sin(1e4 * place.sum(dim=-1, keepdim=True))), dim=-1)
+
+
+def test_the_distance_by_change_orders_states_by_their_place(dataset: Dataset) -> None:
+    cache, starts = FrameCache(dataset), choose_starts(dataset, offset=15, context=2, count=8, seed=1)
+    order = goal_order(SeesMore(), cache, [starts], 5)
+    assert order.keys() == {"change", "plain"}
+    assert order["plain"] < 0.5
+    assert order["change"] > 0.8
+    assert goal_order(SeesThePlace(), cache, [starts], 5)["plain"] > 0.95
 
 
 def test_a_world_of_another_name_is_refused(dataset: Dataset, tmp_path: Path) -> None:

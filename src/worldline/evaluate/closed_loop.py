@@ -14,12 +14,14 @@ from torch import Tensor
 
 from worldline.core.errors import WorldlineError
 from worldline.core.seeding import seed_for
-from worldline.data.cache import FrameCache, resize
+from worldline.data.cache import FrameCache
 from worldline.data.goals import reached
 from worldline.data.simulators import Observation, Simulator
+from worldline.evaluate.distances import encode
 from worldline.evaluate.starts import Starts
 from worldline.evaluate.windows import states_of
 from worldline.model.world import State, World
+from worldline.planning.distance import Distance
 from worldline.planning.goal import GoalCost, Over
 from worldline.planning.oracle import OracleCost, futures_of
 from worldline.planning.planners import Cost, PlannerConfig, Space, plan
@@ -36,8 +38,9 @@ class LoopConfig:
     """Planned actions that are carried out before the next plan."""
     over: Over = "mean"
     """What a plan's cost is taken over: the mean over its steps, or the last."""
-    whiten: bool = True
-    """Measure latent distance where real latents have unit covariance; else every latent value counts as it is."""
+    distance: Distance = "change"
+    """What the distance to the goal's latent is measured by: what latents change within `hold` steps of the episodes
+    that the world was trained on, their covariance (white), or every latent value as it is (plain)."""
     trust: float | None = None
     """Believe imagined steps up to where the world expects an error above this (1 is the variance of real latents);
     None believes all. Without the screen that makes plans cheaper."""
@@ -91,32 +94,30 @@ class Agent(Protocol):
 class WorldAgent:
     """Plans in a world's imagination, towards the latent of the goal's picture."""
 
-    def __init__(self, world: World, loop: LoopConfig) -> None:
+    def __init__(self, world: World, loop: LoopConfig, matrix: Float[Tensor, "d r"] | None = None) -> None:
         """
+        Args:
+            matrix: what `evaluate.distances.distance_matrix` returns for `loop.distance`.
+
         Raises:
-            WorldlineError: distances are to be whitened and the world's gauge, which knows how, is not fitted;
-                or `trust` is given and nothing estimates its error.
+            WorldlineError: `trust` is given and nothing estimates the world's error.
         """
-        if loop.whiten and not world.gauge.fitted:
-            raise WorldlineError(
-                "this world's drift gauge is not fitted, so its latents cannot be whitened; give loop.whiten=false"
-            )
         if loop.trust is not None and world.gauge.estimator is None:
             raise WorldlineError(
                 "loop.trust wants a world with an error estimator, and this one has none; scripts/fit_gauge fits one"
             )
         self.space = Space.of(world.spec, world.action_mean, world.action_std)
         self._world, self._loop = world, loop
-        self._matrix = world.gauge.whitening if loop.whiten else None
+        self._matrix = matrix
         self._screen = make_screen(world) if loop.trust is None else None
 
     @torch.no_grad()
     def begin(self, problems: Problems, simulators: list[Simulator]) -> None:
         world, kept = self._world, self._world.config.context
-        context = world.encode(self._seen(problems.frames[:, -kept:]))
+        context = encode(world, problems.frames[:, -kept:])
         before = problems.actions[:, problems.actions.shape[1] - kept + 1 :]
         self._state = world.begin(context, torch.from_numpy(before.copy()))
-        self._goal = world.encode(self._seen(problems.goal_frames[:, None]))[:, 0]
+        self._goal = encode(world, problems.goal_frames)
 
     def cost(self, rows: list[int]) -> Cost:
         return GoalCost(
@@ -134,15 +135,10 @@ class WorldAgent:
     def observe(self, rows: list[int], actions: Float32[np.ndarray, "r a"], seen: list[Observation]) -> None:
         world = self._world
         expected = world.step(_rows_of(self._state, rows), torch.from_numpy(actions))
-        z = world.encode(self._seen(np.stack([observation.frame for observation in seen])[:, None]))[:, 0]
+        z = encode(world, np.stack([observation.frame for observation in seen]))
         now = world.observe(expected, z)
         for whole, part in zip((self._state.z, *self._state.memory), (now.z, *now.memory), strict=True):
             whole[rows] = part
-
-    def _seen(self, frames: UInt8[np.ndarray, "n c h w 3"]) -> UInt8[Tensor, "n c s s 3"]:
-        size = self._world.config.image_size
-        small = resize(frames.reshape(-1, *frames.shape[2:]), size)
-        return torch.from_numpy(small.reshape(*frames.shape[:2], size, size, 3).copy())
 
 
 class OracleAgent:

@@ -23,6 +23,7 @@ from worldline.data.cache import FrameCache
 from worldline.data.goals import TOLERANCES
 from worldline.data.lerobot import Dataset, open_dataset
 from worldline.evaluate.closed_loop import Agent, LoopConfig, OracleAgent, Outcome, WorldAgent, attempt, problems_at
+from worldline.evaluate.distances import distance_matrix, goal_order
 from worldline.evaluate.reliability import DRAWS, Bootstrap, interval
 from worldline.evaluate.starts import Stage, Starts, choose_starts
 from worldline.model.checkpoint import load_world, weights_sha256
@@ -31,6 +32,7 @@ from worldline.model.world import World
 from worldline.planning.planners import PlannerConfig, Space
 
 _SHOWN = 4
+_DISTANCES = {"change": "what changes meanwhile", "white": "the latents' covariance", "plain": "every value alike"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ def evaluate_planning(config: PlanConfig) -> Path:
     )
     for world in worlds.values():
         _require_fit(world, dataset)
-    out, cache = _out(config), FrameCache(dataset)
+    out, cache, loop = _out(config), FrameCache(dataset), config.loop
     context = max(world.config.context for world in worlds.values())
     chosen = [
         choose_starts(
@@ -99,7 +101,12 @@ def evaluate_planning(config: PlanConfig) -> Path:
         for offset in config.offsets
     ]
     agents: dict[str, tuple[Agent, PlannerConfig, str]] = {
-        name: (WorldAgent(world, config.loop), config.planner, weights_sha256(world)) for name, world in worlds.items()
+        name: (
+            WorldAgent(world, loop, distance_matrix(world, loop.distance, cache, loop.hold)),
+            config.planner,
+            weights_sha256(world),
+        )
+        for name, world in worlds.items()
     }
     if config.oracle:
         first = worlds["world"]
@@ -144,6 +151,7 @@ def evaluate_planning(config: PlanConfig) -> Path:
                     of_seeds.append(_read_part(part))
                 outcomes[name].append(of_seeds)
     figures = _figures(config, dataset, worlds, chosen, budgets, outcomes)
+    figures["goal_order"] = {name: goal_order(world, cache, chosen, loop.hold) for name, world in worlds.items()}
     timing = {"seconds": round(time.monotonic() - begun, 1), "decision_ms": _decision_ms(outcomes)}
     write_result(out / "result.json", "plan", figures, timing)
     write_bytes(out / "filmstrip.png", _strip(cache, chosen, context, outcomes["world"]))
@@ -199,9 +207,23 @@ def render(result: dict[str, Any]) -> str:
         f"Reached means at some step within the budget, by the true state: {criterion}. Starts removed because they "
         f"were solved already: {removed}. Planner: {planner['method']}, {planner['samples']} samples, "
         f"{planner['iterations']} iterations, {planner['steps']} actions of {loop['hold']} steps each, "
-        f"{loop['carried_out']} of them carried out, {'whitened' if loop['whiten'] else 'plain'} latent distance, "
+        f"{loop['carried_out']} of them carried out, latent distance by {_DISTANCES[loop['distance']]}, "
         f"{loop['over']} over steps; the oracle has {oracle['samples']} samples, {oracle['iterations']} iterations and "
         f"{oracle['steps']} actions.",
+        "",
+        "Does a distance lead to the goal? Rank correlation, over the real frames of a goal's episode, of the latents' "
+        "distance to the goal's with that of the true states; the mean over goals:",
+        "",
+        "| latent distance by | " + " | ".join(result["goal_order"]) + " |",
+        "|---" * (len(result["goal_order"]) + 1) + "|",
+        *(
+            f"| {_DISTANCES[distance]} | "
+            + " | ".join(
+                f"{found[distance]:.2f}" if distance in found else "n/a" for found in result["goal_order"].values()
+            )
+            + " |"
+            for distance in _DISTANCES
+        ),
         "",
         "| milliseconds a decision, for one start | p25 | median | p75 |",
         "|---|---|---|---|",

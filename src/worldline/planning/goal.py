@@ -35,7 +35,7 @@ class GoalCost:
     The mean asks for arriving early and staying; the last step alone leaves open when.
 
     `hold` world steps are imagined for each planned action. `matrix` maps latents to the directions that count
-    (`planning.metric`); None counts all alike. With a `screen` of the same world, `elites` imagines most candidates
+    (`planning.distance`); None counts all alike. With a `screen` of the same world, `elites` imagines most candidates
     roughly and only those near the border between elites and others exactly.
 
     With `trust`, a candidate's horizon ends at the first step whose expected error (`World.rollout_with_error`) passes
