@@ -1,5 +1,7 @@
 """Planned memory beside what torch's own allocator says of real updates, and what fits."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from toy_clips import MODEL, toy_config
 from worldline.core.errors import WorldlineError
 from worldline.model.video import VideoConfig
 from worldline.train import memory
-from worldline.train.memory import Need, PlanMemoryConfig, plan_memory, rank_needs, report
+from worldline.train.memory import Need, PlanMemoryConfig, measuring, plan_memory, report
 from worldline.train.parallel import ParallelConfig, Ranks
 
 
@@ -18,15 +20,19 @@ def test_it_is_what_the_allocator_gave_out(case: str) -> None:
     parallel = ParallelConfig(checkpointing=case == "checkpointing")
     config = toy_config(Path("none"), parallel=parallel, bfloat16=case == "bfloat16")
     measured = allocated(*learner_and_batch(config, Ranks(0, 1, None, None)))
-    need = rank_needs(MODEL, config.mask, config.learner, parallel, ranks=1, clips=config.batch)
-    assert need.total == pytest.approx(measured, rel=0.1)
+    with measuring(MODEL, config.mask, config.learner, parallel, ranks=1) as measure:
+        assert measure(config.batch).total == pytest.approx(measured, rel=0.1)
 
 
 def test_ranks_share_what_is_kept_and_nothing_else() -> None:
     config = toy_config(Path("none"))
-    one, four = (
-        rank_needs(MODEL, config.mask, config.learner, ParallelConfig(), ranks=ranks, clips=2) for ranks in (1, 4)
-    )
+    needs = []
+    for ranks in (1, 4):
+        with measuring(MODEL, config.mask, config.learner, ParallelConfig(), ranks) as measure:
+            needs += [measure(5), measure(2), measure(5)]
+    assert needs[0] == needs[2] != needs[1]  # what was measured before does not count
+    assert needs[3] == needs[5] != needs[4]
+    one, four = needs[1], needs[4]
     for name in ("parameters", "average", "optimizer"):
         assert getattr(four, name) == pytest.approx(getattr(one, name) / 4, rel=0.02), name
     assert four.activations > 0.8 * one.activations
@@ -35,12 +41,20 @@ def test_ranks_share_what_is_kept_and_nothing_else() -> None:
 def test_the_most_clips_that_fit_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes that grow a little faster than the line through the first two counts, which so promises too much."""
 
-    def needs(model: object, mask: object, learner: object, parallel: ParallelConfig, ranks: int, clips: int) -> Need:
-        slope = 100 if parallel.checkpointing else 1000
-        activations = (slope * clips + clips**2) * 10**6
-        return Need(parameters=10**9, average=0, optimizer=0, gradients=0, gathered=0, activations=activations)
+    tried = []
 
-    monkeypatch.setattr(memory, "rank_needs", needs)
+    @contextmanager
+    def pretended(
+        model: object, mask: object, learner: object, parallel: ParallelConfig, ranks: int
+    ) -> Iterator[Callable[[int], Need]]:
+        def measure(clips: int) -> Need:
+            tried.append(clips)
+            activations = ((100 if parallel.checkpointing else 1000) * clips + clips**2) * 10**6
+            return Need(parameters=10**9, average=0, optimizer=0, gradients=0, gathered=0, activations=activations)
+
+        yield measure
+
+    monkeypatch.setattr(memory, "measuring", pretended)
     plan = PlanMemoryConfig(gpus=2, memory_gb=11.0, reserve_gb=1.0)
     choices = plan_memory(plan)
     assert [(choice.checkpointing, choice.offload, choice.clips) for choice in choices] == [
@@ -49,6 +63,7 @@ def test_the_most_clips_that_fit_are_found(monkeypatch: pytest.MonkeyPatch) -> N
         (True, False, 57),  # 1 + 8.949 GB
         (True, True, 61),  # 9.821 GB
     ]
+    assert len(tried) < 15
     assert "options: batch=114 parallel.checkpointing=true;" in report(plan, choices)
 
 

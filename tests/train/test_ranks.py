@@ -14,7 +14,7 @@ from toy_clips import MODEL, toy_config
 
 from worldline.bench.bottleneck import read_waiting
 from worldline.train.masks import MaskConfig
-from worldline.train.memory import rank_needs
+from worldline.train.memory import measuring
 from worldline.train.parallel import ParallelConfig, Ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
@@ -77,6 +77,7 @@ def test_two_ranks_have_the_gradients_of_one(run: Path) -> None:
 @pytest.mark.slow
 def test_planned_memory_of_a_rank_is_what_its_allocator_gave_out(run: Path) -> None:
     config = toy_config(Path("none"))
-    need = rank_needs(MODEL, MaskConfig(), config.learner, ParallelConfig(), ranks=2, clips=4)
+    with measuring(MODEL, MaskConfig(), config.learner, ParallelConfig(), ranks=2) as measure:
+        need = measure(4)
     measured = json.loads((run.parent / "allocated.json").read_text())
     assert need.total == pytest.approx(measured, rel=0.1)

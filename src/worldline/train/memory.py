@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from worldline.core.errors import WorldlineError, require_at_least
+from worldline.core.progress import progress
 from worldline.model.video import MaskedVideo, VideoConfig
 from worldline.train.feed import Batch
 from worldline.train.learner import Learner, LearnerConfig
@@ -33,6 +34,8 @@ from worldline.train.parallel import ParallelConfig, Ranks, local
 GB = 1e9
 _LARGEST = 1024
 """Clips a rank beyond which nobody looks."""
+_FIRST = 16
+"""Clips a rank that are tried first: beyond one, so many that what grows with them tells the slope."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,61 +100,72 @@ def plan_memory(config: PlanMemoryConfig) -> list[Choice]:
     """Find the most clips a rank that fit into memory, with and without checkpointing and offloading."""
     room = (config.memory_gb - config.reserve_gb) * GB
     found = []
-    for checkpointing in (False, True):
-        parallel = ParallelConfig(checkpointing=checkpointing)
-        need = cache(partial(rank_needs, config.model, config.mask, config.learner, parallel, config.gpus))
-        for offload in (False, True):
-            clips = _most(need, offload, room)
-            found.append(Choice(checkpointing=checkpointing, offload=offload, clips=clips, need=need(max(1, clips))))
+    with progress("plan-memory", 4) as task:
+
+        def noted(measure: Callable[[int], Need], words: str) -> Callable[[int], Need]:
+            def need(clips: int) -> Need:
+                task.advance(0, f"{words}: {clips} clips")
+                return measure(clips)
+
+            return cache(need)
+
+        for checkpointing in (False, True):
+            parallel = ParallelConfig(checkpointing=checkpointing)
+            with measuring(config.model, config.mask, config.learner, parallel, config.gpus) as measure:
+                need = noted(measure, "with checkpointing" if checkpointing else "without checkpointing")
+                for offload in (False, True):
+                    clips = _most(need, offload, room)
+                    choice = Choice(checkpointing=checkpointing, offload=offload, clips=clips, need=need(max(1, clips)))
+                    found.append(choice)
+                    task.advance()
     return found
 
 
 def _most(need: Callable[[int], Need], offload: bool, room: float) -> int:
-    """Return the most clips whose bytes fit, within a thirtieth; bytes grow nearly evenly, so that lines lead there."""
+    """Return the most clips that fit, to one or a thirtieth: bytes grow nearly evenly, so that lines lead there."""
 
     def size(clips: int) -> int:
         return need(clips).on_device(offload)
 
     if size(1) > room:
         return 0
-    fits, too_many = 1, _LARGEST + 1
-    guess = int(1 + (room - size(1)) // max(1, size(2) - size(1)))
+    fits, too_many, guess = 1, _LARGEST + 1, _FIRST
     while too_many - fits > max(1, fits // 32):
-        guess = min(max(guess, fits + 1), too_many - 1)
+        slope = (size(guess) - size(fits)) / (guess - fits)
         if size(guess) <= room:
             fits = guess
         else:
             too_many = guess
-        if too_many > _LARGEST:
-            guess = fits + max(1, fits // 32)
-        else:
-            guess = int(fits + (room - size(fits)) * (too_many - fits) // (size(too_many) - size(fits)))
+        more = int((room - size(fits)) / max(1.0, slope))
+        if more < max(1, fits // 32):
+            break
+        guess = min(fits + more, too_many - 1)
     return fits
 
 
-def rank_needs(
-    model: VideoConfig, mask: MaskConfig, learner: LearnerConfig, parallel: ParallelConfig, ranks: int, clips: int
-) -> Need:
-    """Do an update of one rank of several on tensors without bytes, by the very code that trains, and count.
+@contextmanager
+def measuring(
+    model: VideoConfig, mask: MaskConfig, learner: LearnerConfig, parallel: ParallelConfig, ranks: int
+) -> Iterator[Callable[[int], Need]]:
+    """Be one rank of several, on tensors without bytes, and yield what tells its need by the number of clips: each time
+    it does an update, by the very code that trains, and counts.
 
     Raises:
         WorldlineError: this process belongs to a process group already.
     """
     with _pretended(ranks) as us, FakeTensorMode(allow_non_fake_inputs=True):
         learning = Learner(model, mask, learner, parallel, us, seed=0, device="cpu")
-        shape = (clips, model.frames, model.image_size, model.image_size, 3)
-        batch = Batch(
-            0, np.arange(clips), torch.zeros(shape, dtype=torch.uint8), torch.ones(clips), lost=(), read_seconds=0.0
-        )
-        return count_update(learning, batch)
+
+        def batch(clips: int) -> Batch:
+            pictures = torch.zeros((clips, model.frames, model.image_size, model.image_size, 3), dtype=torch.uint8)
+            return Batch(0, np.arange(clips), pictures, torch.ones(clips), lost=(), read_seconds=0.0)
+
+        learning.update(batch(1))  # the first makes what stays: the optimiser's state
+        yield lambda clips: _count_update(learning, batch(clips))
 
 
-def count_update(learning: Learner, batch: Batch) -> Need:
-    """Do an update and return what it held at its worst moment, the optimiser's state being there already."""
-    for parameter in learning.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    learning.optimizer.step()
-    learning.optimizer.zero_grad(set_to_none=True)
+def _count_update(learning: Learner, batch: Batch) -> Need:
+    """Do an update and return what it held at its worst moment."""
     with Counter() as counter:
         counter.own("parameters", learning.model.parameters())
         counter.own("average", [] if learning.target is None else learning.target.parameters())
