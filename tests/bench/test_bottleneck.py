@@ -83,7 +83,7 @@ def test_what_ranks_waited_is_summed_up_over_updates_and_over_ranks(clips: Path,
     for part, ready in ((waited[:4], 1.0), (waited[4:], 2.0)):
         sums = {"seconds": 0.5 * len(part), "waited_by_rank": part.sum(axis=0).tolist(), "ready": ready}
         lines.append({"stalls": (part.max(axis=1) / 0.5).tolist(), "ranks": 3, **sums})
-    (tmp_path / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{")
     found = read_waiting(tmp_path)
     longest, of_rank = (
         sorted(2 * max(row) for row in waited.tolist()),

@@ -162,9 +162,10 @@ def read_waiting(run: Path) -> dict[str, Any]:
         WorldlineError: there is no such run, or it has no timing of this kind yet.
     """
     try:
-        lines = [json.loads(line) for line in (run / TIMING).read_text().splitlines()]
+        written = (run / TIMING).read_text().splitlines(keepends=True)
     except FileNotFoundError:
         raise WorldlineError(f"{run}: expected a folder of worldline pretrain with {TIMING}") from None
+    lines = [json.loads(line) for line in written if line.endswith("\n")]  # the last may be torn
     lines = [line for line in lines if "stalls" in line and line["ranks"] == lines[-1]["ranks"]]
     if not lines:
         raise WorldlineError(f"{run / TIMING} tells no stalls; pre-train with this worldline, for log_every updates")
