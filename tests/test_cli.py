@@ -112,6 +112,14 @@ def test_presets_pick_only_options_that_exist(name: str) -> None:
         ("references nowhere image_size=50", "image_size must be a positive multiple of 16"),
         ("references nowhere encoder_update=3", "did you mean 'encoder_updates'"),
         ("references image_size=32", "needs a DATASET"),
+        ("train seed=0,1", "a sweep wants --multirun"),
+        ("train -m seed=0", "give an option several values"),
+        ("train -m path=a,b", "each job gets a path of its own"),
+        ("train -m seed=interval(0,1)", "write the values as seed=0,1,2"),
+        ("train -m seed=0,0", "two jobs of this sweep are the same"),
+        ("train -m seed=0,1 model=tinny,tiny", "did you mean 'tiny'?"),
+        ("collect -m env=pusht,two_rom", "did you mean 'two_room'?"),
+        ("doctor -m", "no flag '--multirun'"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
@@ -130,6 +138,34 @@ def test_a_mistake_in_a_process_shows_no_traceback(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("worldline: /nowhere/at all: no LeRobot dataset here")
     assert done.stderr.count("\n") == 1
+
+
+# Sweeps
+
+
+def test_a_sweep_gives_every_job_its_path_and_passes_over_what_is_finished(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["collect", "-m", "env=two_room", "seed=range(2)", "episodes=1,2", "steps=8", "image_size=32", "workers=1"]
+    (here / "datasets").mkdir()
+    (here / "datasets/two_room-seed_1-episodes_1").write_text("in the way")
+    assert main(words) == 2
+    told = capfd.readouterr()
+    table = [line.split() for line in told.out.split("\n\n")[-1].splitlines()]
+    assert [row[:3] for row in table] == [
+        ["seed", "episodes", "job"],
+        ["0", "1", "done"],
+        ["0", "2", "done"],
+        ["1", "1", "status"],
+        ["1", "2", "done"],
+    ]
+    assert told.err.count("datasets/two_room-seed_1-episodes_1") == 1
+    made = {path: path.stat().st_mtime_ns for path in here.glob("datasets/*-episodes_?/meta/info.json")}
+    assert len(made) == 3
+    (here / "datasets/two_room-seed_1-episodes_1").unlink()
+    assert main(words) == 0
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert len(list(here.glob("datasets/*/meta/info.json"))) == 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from worldline.core.errors import WorldlineError
 
 CONF = Path(__file__).parent / "conf"
 _ANY = "..."  # in help, a value that depends on what is asked for
+_SWEEP = "--multirun"
 _ROOM = "make room and give the same command again: what is finished is kept"
 _PLACE = "choose a place that can be written to"
 _MENDABLE = {
@@ -75,17 +77,19 @@ def _dispatch(arguments: list[str]) -> int:
     if "--help" in words or "-h" in words:
         print(_help(command))
         return 0
-    flags = {word for word in words if word.startswith("-")}
+    flags = {_SWEEP if word == "-m" else word for word in words if word.startswith("-")}
     overrides = [word for word in words if not word.startswith("-") and _is_override(word)]
     paths = [word for word in words if not word.startswith("-") and not _is_override(word)]
     _check_words(command, flags, overrides, paths)
     config: Any = paths[0] if paths else ""
-    if command.config:
+    if command.config and _SWEEP not in flags:
         config = _configure(command, paths, overrides)
     try:
+        if _SWEEP in flags:
+            return _sweep(command, flags - {_SWEEP}, overrides, paths)
         return command.run(config, flags)
     except KeyboardInterrupt:
-        kept = command.kept.format(**vars(config)) if command.kept else ""
+        kept = command.kept.format(**vars(config)) if command.kept and _SWEEP not in flags else ""
         print(f"\nworldline: stopped. {kept}".rstrip(), file=sys.stderr)
         return 130
 
@@ -167,6 +171,50 @@ def _configure(command: Command, paths: list[str], overrides: list[str]) -> Any:
     return build(_load(command.config), _compose(command, hydra_overrides, fixed))
 
 
+def _sweep(command: Command, flags: set[str], overrides: list[str], paths: list[str]) -> int:
+    """Run the command once for each combination of swept values, each with a path of its own."""
+    from worldline.sweep import Job, run_jobs
+
+    if "RANK" in os.environ:
+        raise WorldlineError("torchrun starts the ranks of one run, not a sweep; leave one of the two")
+    jobs = []
+    for picked, fixed in _split(command, overrides):
+        config = _configure(command, paths, [*fixed, *picked])  # a mistake in the last job is told before the first
+        name = "-".join(re.sub(r"[^\w.-]+", "_", word) for word in picked)
+        path = f"{config.path}-{name}"
+        kept = [word for word in (*fixed, *picked) if not word.startswith("path=")]
+        words = (*command.name.split(), *paths, *sorted(flags), *kept, f"path={path}")
+        jobs.append(Job(picked, words, path))
+    if len({job.path for job in jobs}) < len(jobs):
+        raise WorldlineError(f"{command.name}: two jobs of this sweep are the same; give every value once")
+    return run_jobs(jobs)
+
+
+def _split(command: Command, overrides: list[str]) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Return the swept options of each job, as Hydra's own sweeper deals them out, and the others as typed."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    swept, fixed = [], []
+    for word in overrides:
+        with suppress(HydraException):  # a path, or a mistake that composing will tell of
+            parsed = OverridesParser.create().parse_override(word.removeprefix(f"{command.name}."))
+            if parsed.is_sweep_override():
+                swept.append(parsed)
+                continue
+        fixed.append(word)
+    keys = [parsed.get_key_element() for parsed in swept]
+    if not keys or "path" in keys:
+        wanted = "each job gets a path of its own: sweep another option" if keys else "give an option several values"
+        raise WorldlineError(f"{command.name} {_SWEEP}: {wanted}, as in seed=0,1,2")
+    try:
+        (jobs,) = BasicSweeper.split_arguments(swept, None)
+    except HydraException as error:
+        raise WorldlineError(f"{command.name} {_SWEEP}: {error}; write the values as seed=0,1,2") from None
+    return [(tuple(job), tuple(fixed)) for job in jobs]
+
+
 def _compose(command: Command, overrides: list[str], fixed: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return the command's options as plain values.
 
@@ -211,6 +259,8 @@ def _compose(command: Command, overrides: list[str], fixed: Mapping[str, str] | 
         values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error).strip().splitlines()[0]
+        if reason.startswith("Ambiguous value"):
+            reason = f"several values; a list is written [0,1], a sweep wants {_SWEEP} before it"
         raise WorldlineError(f"{command.name}: cannot read {' '.join(overrides)!r}: {reason}") from None
     if problems:
         raise problems[0]

@@ -36,6 +36,13 @@ class Command:
     """What an interrupted run leaves behind, with the config's fields in braces."""
 
 
+_SWEEP = {
+    "--multirun": "or -m: a run for each combination of values given as seed=0,1,2 or seed=range(3), one after the "
+    "other, each in a path of its own, PATH-KEY_VALUE; what is finished is passed over, and a table ends it"
+}
+"""For commands whose finished and unfinished results are known by their path."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
     """What to replay."""
@@ -455,6 +462,7 @@ COMMANDS: dict[str, Command] = {
             ),
             run=_collect,
             config="worldline.data.collect:CollectConfig",
+            flags=_SWEEP,
             kept="Finished episodes stay in {path}.partial; the same command goes on from there.",
         ),
         Command(
@@ -497,9 +505,11 @@ COMMANDS: dict[str, Command] = {
             examples=(
                 ("worldline train model=tiny data=pusht", "the default world on PushT"),
                 ("worldline train data=/data/my_robot joint.steps=4000", "any LeRobot v3 dataset, by its path"),
+                ("worldline train -m seed=0,1,2 objective=drift_aware,lewm", "six runs, and a table of them"),
             ),
             run=_train,
             config="worldline.train.config:TrainConfig",
+            flags=_SWEEP,
             kept="The last checkpoint stays in {path}; the same command goes on from there.",
         ),
         Command(
@@ -521,6 +531,7 @@ COMMANDS: dict[str, Command] = {
             ),
             run=_pretrain,
             config="worldline.train.pretrain:PretrainConfig",
+            flags=_SWEEP,
             path="data",
             path_required=True,
             kept="The last whole checkpoint stays in {path}; the same command goes on from there.",
