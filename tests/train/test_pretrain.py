@@ -12,9 +12,10 @@ from toy_clips import ToyClips, toy_config
 from worldline.core.errors import WorldlineError
 from worldline.model.video import VideoConfig, load_encoder
 from worldline.train import pretrain as module
+from worldline.train.feed import FeedConfig
 from worldline.train.learner import Learner
 from worldline.train.parallel import ParallelConfig
-from worldline.train.pretrain import pretrain
+from worldline.train.pretrain import RayConfig, pretrain
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 from pretrain_curve import CURVE, read_curve
@@ -128,6 +129,12 @@ def test_what_does_not_fit_is_refused(whole: Path, tmp_path: Path) -> None:
         pretrain(replace(config, model=other))
     with pytest.raises(WorldlineError, match=r"batch must be a multiple of ranks x parallel.accumulate, 1 x 3, got 8"):
         pretrain(replace(config, parallel=ParallelConfig(accumulate=3)))
+    with pytest.raises(WorldlineError, match=r"of every number of workers .* got 8 and 3"):
+        replace(config, ray=RayConfig(workers=4, least=1))
+    with pytest.raises(WorldlineError, match=r"ray.least must be 1 to ray.workers, got 3 of 2"):
+        replace(config, ray=RayConfig(workers=2, least=3))
+    with pytest.raises(WorldlineError, match=r"give ray.workers=N with it"):
+        replace(config, feed=FeedConfig(by="ray"))
     with pytest.raises(WorldlineError, match="start with torchrun"):
         pretrain(replace(config, parallel=ParallelConfig(offload=True)))
     with pytest.raises(WorldlineError, match=r"a finished run with other options \(seed\)"):

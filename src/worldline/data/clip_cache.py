@@ -135,6 +135,9 @@ class CachedClips:
         self._verified = np.zeros(-(-self.num_clips // 8), dtype=np.uint8)
         self._files = _OpenFiles(_MAX_OPEN)
 
+    def __reduce__(self) -> tuple[type[CachedClips], tuple[Path, dict[str, Any]]]:
+        return CachedClips, (self.path.absolute(), self.card)
+
     def read(self, ids: Int64[np.ndarray, " b"]) -> UInt8[np.ndarray, "b t h w 3"]:
         """Return clips; the bytes of each are compared with their checksum when first read.
 

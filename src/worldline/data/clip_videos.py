@@ -33,6 +33,9 @@ class VideoClips:
         self._firsts, self._items, self._seekable, self._sizes = (table[name].to_numpy() for name in columns[:4])
         self._paths = table["path"]
 
+    def __reduce__(self) -> tuple[type[VideoClips], tuple[Path, dict[str, Any]]]:
+        return VideoClips, (self.path.absolute(), self.card)
+
     def read(self, ids: Int64[np.ndarray, " b"]) -> UInt8[np.ndarray, "b t h w 3"]:
         """Return clips.
 

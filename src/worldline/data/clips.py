@@ -34,7 +34,10 @@ class Record(NamedTuple):
 
 @runtime_checkable
 class Clips(Protocol):
-    """Numbered clips, each of `num_frames` frames, `image_size` pixels square. Several threads may read at once."""
+    """Numbered clips, each of `num_frames` frames, `image_size` pixels square.
+
+    Several threads may read at once. Another process, to which they are pickled, opens them again.
+    """
 
     num_clips: int
     fingerprint: str

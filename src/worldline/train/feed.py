@@ -1,11 +1,12 @@
-"""Clips for each update, read ahead by threads; one that cannot be read leaves its place empty and is written down."""
+"""Clips for each update, read ahead; one that cannot be read leaves its place empty and is written down."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +24,13 @@ from worldline.data.sampler import Prefetcher
 class FeedConfig:
     """How batches are made ahead of their use."""
 
+    by: Literal["threads", "ray"] = "threads"
+    """Who reads: threads of each rank, or tasks of Ray Data, anywhere in the cluster that ray.workers train on. Both
+    give the same batches."""
     depth: int = 3
     """Batches that are ready or in the making."""
     threads: int = 1
-    """Threads that make them."""
+    """Threads that make them; of Ray Data, tasks at a time for each rank, a core each."""
     attempts: int = 3
     """Times that a clip is tried before it is given up."""
     pause_s: float = 0.1
@@ -57,73 +61,32 @@ class Batch(NamedTuple):
     read_seconds: float
 
 
-class Feed:
-    """Iterate over a rank's batches of updates `start` to `stop`; use it in a `with` block.
+class Reader:
+    """Read a rank's share of an update: the same from whatever thread, process or machine it is called.
 
-    Pictures larger than `image_size` are cut at a place that only (seed, step, id) decides. On CUDA, batches are staged
-    in pinned memory and copied on a stream of their own, while the updates before them are computed.
+    Pictures larger than `image_size` are cut at a place that only (seed, step, id) decides.
     """
 
     def __init__(
-        self,
-        clips: Clips,
-        order: Order,
-        config: FeedConfig,
-        *,
-        start: int,
-        stop: int,
-        rank: int,
-        ranks: int,
-        image_size: int,
-        seed: int,
-        device: str,
+        self, clips: Clips, order: Order, config: FeedConfig, *, rank: int, ranks: int, image_size: int, seed: int
     ) -> None:
         self._clips, self._order, self._config = clips, order, config
         self._rank, self._ranks, self._size, self._seed = rank, ranks, image_size, seed
-        self._device = torch.device(device)
-        self._stream = None
-        if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._ahead = Prefetcher(self._make, start, stop, config.depth, config.threads)
 
     @property
-    def waited_seconds(self) -> float:
-        """Time that training spent waiting for batches, in all."""
-        return self._ahead.waited_seconds
+    def batch_bytes(self) -> int:
+        """Size of a batch's pictures, at most."""
+        most = -(-self._order.batch_size // self._ranks)
+        return most * self._clips.num_frames * self._size**2 * 3
 
-    @property
-    def ready(self) -> int:
-        """Batches that lie ready."""
-        return self._ahead.ready
-
-    def __enter__(self) -> Feed:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ahead.close()
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch, copied in self._ahead:
-            if copied is not None:
-                torch.cuda.current_stream().wait_event(copied)
-                for tensor in (batch.clips, batch.weight):
-                    tensor.record_stream(torch.cuda.current_stream())
-            yield batch
-
-    def _make(self, step: int) -> tuple[Batch, torch.cuda.Event | None]:
+    def __call__(self, step: int) -> Batch:
+        """Return the batch of update `step`, on the CPU."""
         started = time.perf_counter()
         ids = self._order.share(step, self._rank, self._ranks)
         pictures, lost = self._read(step, ids)
         clips = torch.from_numpy(self._cut(step, ids, pictures))
         weight = torch.from_numpy(~np.isin(ids, [each.clip for each in lost])).float()
-        copied = None
-        if self._stream is not None:
-            with torch.cuda.stream(self._stream):
-                clips = clips.pin_memory().to(self._device, non_blocking=True)
-                weight = weight.pin_memory().to(self._device, non_blocking=True)
-                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                copied.record()
-        return Batch(step, ids, clips, weight, lost, time.perf_counter() - started), copied
+        return Batch(step, ids, clips, weight, lost, time.perf_counter() - started)
 
     def _read(self, step: int, ids: np.ndarray) -> tuple[np.ndarray, tuple[Lost, ...]]:
         """Read all at once; if that fails, one by one, so that only what is broken is lost."""
@@ -157,3 +120,79 @@ class Feed:
             top, left = rng_for(self._seed, "cut", step, clip).integers(room + 1, size=2)
             cut[i] = pictures[i, :, top : top + size, left : left + size]
         return cut
+
+
+class Feed:
+    """Iterate over a rank's batches of updates `start` to `stop`; use it in a `with` block.
+
+    On CUDA, batches are staged in pinned memory and copied on a stream of their own, while the updates before them are
+    computed.
+
+    Raises:
+        WorldlineError: `by="ray"` outside of a Ray cluster.
+    """
+
+    def __init__(
+        self,
+        clips: Clips,
+        order: Order,
+        config: FeedConfig,
+        *,
+        start: int,
+        stop: int,
+        rank: int,
+        ranks: int,
+        image_size: int,
+        seed: int,
+        device: str,
+    ) -> None:
+        self._device = torch.device(device)
+        self._stream = None
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        reader = Reader(clips, order, config, rank=rank, ranks=ranks, image_size=image_size, seed=seed)
+        self._read: Callable[[int], Batch] = reader
+        self._closing = ExitStack()
+        threads = config.threads
+        if config.by == "ray":
+            from worldline.train.ray_feed import RayReader
+
+            self._read = self._closing.enter_context(closing(RayReader(reader, start, stop, config)))
+            threads = 1  # it hands out one batch after the other
+        self._ahead = self._closing.enter_context(Prefetcher(self._make, start, stop, config.depth, threads))
+
+    @property
+    def waited_seconds(self) -> float:
+        """Time that training spent waiting for batches, in all."""
+        return self._ahead.waited_seconds
+
+    @property
+    def ready(self) -> int:
+        """Batches that lie ready."""
+        return self._ahead.ready
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closing.close()
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch, copied in self._ahead:
+            if copied is not None:
+                torch.cuda.current_stream().wait_event(copied)
+                for tensor in (batch.clips, batch.weight):
+                    tensor.record_stream(torch.cuda.current_stream())
+            yield batch
+
+    def _make(self, step: int) -> tuple[Batch, torch.cuda.Event | None]:
+        batch = self._read(step)
+        if self._stream is None:
+            return batch, None
+        with torch.cuda.stream(self._stream):
+            clips, weight = (
+                tensor.pin_memory().to(self._device, non_blocking=True) for tensor in (batch.clips, batch.weight)
+            )
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        return batch._replace(clips=clips, weight=weight), copied

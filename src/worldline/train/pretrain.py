@@ -75,6 +75,11 @@ class RayConfig:
     workers: int = 0
     """Ranks that Ray Train starts, anywhere in its cluster; needs worldline[ray]. The run's path and the clips must be
     reachable from all of them."""
+    least: int | None = None
+    """Fewest to train on while the cluster has no room for all; null waits for all. Every number from here to `workers`
+    must divide the batch."""
+    look_every_s: float = 60.0
+    """Seconds between two looks for room for more, when there are fewer than `workers`."""
     cpus: int = 1
     """Cores of each."""
     failures: int = 3
@@ -117,6 +122,17 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, {"batch": 1, "threads": 0, "log_every": 1, "checkpoint_every": 1})
+        if self.feed.by == "ray" and not self.ray.workers:
+            raise WorldlineError("feed.by=ray reads on the Ray cluster that trains; give ray.workers=N with it")
+        if self.ray.least is not None:
+            counts = range(self.ray.least, self.ray.workers + 1)
+            if not counts or self.ray.least < 1:
+                raise WorldlineError(f"ray.least must be 1 to ray.workers, got {self.ray.least} of {self.ray.workers}")
+            if odd := [count for count in counts if self.batch % (count * self.parallel.accumulate)]:
+                raise WorldlineError(
+                    f"batch must be a multiple of every number of workers from ray.least to ray.workers (x "
+                    f"parallel.accumulate), got {self.batch} and {odd[0]}"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

@@ -1,13 +1,15 @@
 """Masked pre-training on the workers of a Ray cluster: the same function, started by Ray Train.
 
 A worker that dies takes the others with it; Ray starts them all again, and they go on from the run's last checkpoint,
-which lies in the run directory as ever. The only file here that knows Ray.
+which lies in the run directory as ever. With `ray.least` they may be fewer then, and more again when there is room:
+the order of the clips does not hang on how many read them. Besides this file, only `ray_feed.py` knows Ray here.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from worldline.core.errors import WorldlineError
 from worldline.train.pretrain import PretrainConfig, pretrain
@@ -32,14 +34,18 @@ def launch(config: PretrainConfig) -> Path:
     ours = not ray.is_initialized()
     if ours:
         ray.init(include_dashboard=False)
+    scaling: Any = ScalingConfig  # it has two classes of that name, and static types see the older one
     cuda = config.device == "cuda"
     run = Path(config.path).absolute()
     trainer = TorchTrainer(
         _work,
         train_loop_config={"config": config, "folder": os.getcwd()},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=config.ray.workers, use_gpu=cuda, resources_per_worker={"CPU": config.ray.cpus}
+        scaling_config=scaling(
+            num_workers=(config.ray.least, config.ray.workers) if config.ray.least else config.ray.workers,
+            elastic_resize_monitor_interval_s=config.ray.look_every_s,
+            use_gpu=cuda,
+            resources_per_worker={"CPU": config.ray.cpus},
         ),
         run_config=RunConfig(
             name=f".{run.name}.ray",
