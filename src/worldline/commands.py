@@ -334,6 +334,14 @@ def _bench_plan(config: Any, flags: set[str]) -> int:
     return 0
 
 
+def _bench_feed(config: Any, flags: set[str]) -> int:
+    from worldline.bench.feed import run
+
+    started = time.monotonic()
+    wrote(run(config).parent, started)
+    return 0
+
+
 def _bench_loader(config: Any, flags: set[str]) -> int:
     from worldline.bench.loader import run
 
@@ -807,6 +815,17 @@ COMMANDS: dict[str, Command] = {
             examples=(("worldline bench loader curve=false", "without the minutes of encoding"),),
             run=_bench_loader,
             config="worldline.bench.loader:LoaderBenchConfig",
+        ),
+        Command(
+            name="bench feed",
+            summary="who reads ahead of training: threads, processes or Ray Data, in turns",
+            about="""
+            Reads the same batches by threads of one process, by processes of torch's DataLoader and by tasks of Ray
+            Data, in turns, and tells CPU time and clock time a clip of each beside one thread.
+            """,
+            examples=(("worldline bench feed ray=false rounds=6", "a shorter look, without Ray"),),
+            run=_bench_feed,
+            config="worldline.bench.feed:FeedBenchConfig",
         ),
         Command(
             name="bench micro",
