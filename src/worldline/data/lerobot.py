@@ -25,7 +25,7 @@ from worldline.core.errors import WorldlineError
 from worldline.core.files import read_json, sha256_file, write_json
 from worldline.core.seeding import seed_for
 from worldline.core.types import Episode, WorldSpec
-from worldline.data.video import decode_frames
+from worldline.data.video import Decoder, decode_frames
 
 VERSION = "v3.0"
 SIDECAR = "meta/worldline.json"
@@ -33,17 +33,18 @@ SPLITS = ("train", "validation", "test")
 _HELD_OUT_SHARE = 0.1
 
 
-def open_dataset(path: str | Path, camera: str | None = None) -> Dataset:
+def open_dataset(path: str | Path, camera: str | None = None, decoder: Decoder = "pyav") -> Dataset:
     """Open a LeRobot v3.0 dataset for reading.
 
     Args:
         camera: which camera to read where there are several, by its feature's name or the last part of it.
+        decoder: what decodes its videos.
 
     Raises:
         WorldlineError: not a LeRobot v3.0 dataset, or its files are damaged or incomplete, or hold numbers
             that are not finite.
     """
-    return Dataset(path, camera)
+    return Dataset(path, camera, decoder)
 
 
 class Dataset:
@@ -53,8 +54,8 @@ class Dataset:
     keeps its place when the same world is collected again with more episodes.
     """
 
-    def __init__(self, path: str | Path, camera: str | None = None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, camera: str | None = None, decoder: Decoder = "pyav") -> None:
+        self.path, self._decoder = Path(path), decoder
         info_path = self.path / "meta/info.json"
         if not info_path.exists():
             raise WorldlineError(
@@ -111,7 +112,8 @@ class Dataset:
             )
             self._verify(relative)
             start = float(row[f"{key}/from_timestamp"])
-            frames = decode_frames(self.path / relative, start, self.lengths[episode], float(self.info["fps"]))
+            rate = float(self.info["fps"])
+            frames = decode_frames(self.path / relative, start, self.lengths[episode], rate, self._decoder)
         tasks = row.get("tasks") or [""]
         return Episode(
             index=episode, frames=frames, actions=self.actions(episode), state=self.state(episode), task=tasks[0]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -15,6 +17,7 @@ from jaxtyping import Float64, UInt8
 
 from worldline.core.errors import WorldlineError
 
+Decoder = Literal["pyav", "torchcodec"]
 CODEC, PIXEL_FORMAT = "libx264rgb", "gbrp"
 _OPTIONS = {"qp": "0", "preset": "medium", "g": "12", "bf": "0", "threads": "1"}
 """Lossless in RGB, so that frames come back exactly; one thread, so that the same frames give the same bytes."""
@@ -108,40 +111,37 @@ class SegmentJoiner:
         self._output.close()
 
 
-def decode_frames(path: Path, start_seconds: float, count: int, rate: float) -> UInt8[np.ndarray, "t h w 3"]:
+def decode_frames(
+    path: Path, start_seconds: float, count: int, rate: float, decoder: Decoder = "pyav"
+) -> UInt8[np.ndarray, "t h w 3"]:
     """Return `count` frames from `start_seconds` on, at the video's own size.
 
     A frame belongs to the slot of the `rate` grid that its time stamp is nearest to.
 
     Raises:
-        WorldlineError: the file is missing or damaged, or ends before the last frame wanted.
+        WorldlineError: the file is missing or damaged, ends before the last frame wanted, or there is no such decoder.
     """
     if not path.exists():
         raise WorldlineError(f"{path}: the video is missing")
     first = round(start_seconds * rate)
+    begin, end = max(0.0, (first - 0.5) / rate), (first + count - 0.5) / rate
     frames: UInt8[np.ndarray, "t h w 3"] | None = None
     seen = np.zeros(count, dtype=bool)
+    pictures = _by_torchcodec if decoder == "torchcodec" else _by_pyav
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            small = stream.codec_context.width * stream.codec_context.height <= _SMALL_PIXELS
-            stream.thread_type, stream.thread_count = ("SLICE", 1) if small else ("AUTO", 0)
-            reformatter = VideoReformatter()  # one for all frames: making it costs more than using it
-            time_base = stream.time_base or Fraction(1, 90_000)
-            container.seek(max(0, int((first - 0.5) / rate / time_base)), stream=stream, backward=True)
-            for frame in container.decode(stream):
-                slot = round(float((frame.pts or 0) * time_base) * rate) - first
-                if slot >= count:
-                    break
-                if slot >= 0 and not seen[slot]:
-                    if frames is None:
-                        frames = np.empty((count, frame.height, frame.width, 3), dtype=np.uint8)
-                    planar = frame.format.name == PIXEL_FORMAT
-                    frames[slot] = (frame if planar else reformatter.reformat(frame, format="rgb24")).to_ndarray()
-                    seen[slot] = True
-                if seen[-1] and seen.all():
-                    break
-    except (av.error.FFmpegError, IndexError) as error:
+        for seconds, picture in pictures(path, begin, end):
+            slot = round(seconds * rate) - first
+            if slot >= count:
+                break
+            if slot >= 0 and not seen[slot]:
+                pixels = picture()
+                if frames is None:
+                    frames = np.empty((count, *pixels.shape), dtype=np.uint8)
+                frames[slot] = pixels
+                seen[slot] = True
+            if seen[-1] and seen.all():
+                break
+    except (av.error.FFmpegError, IndexError, _Undecodable) as error:
         raise WorldlineError(
             f"{path}: the video cannot be decoded ({error}); copy it again or collect it anew"
         ) from None
@@ -151,3 +151,44 @@ def decode_frames(path: Path, start_seconds: float, count: int, rate: float) -> 
             "the video is cut short or was recorded at another rate; copy it again or collect it anew"
         )
     return frames
+
+
+def _by_pyav(path: Path, begin: float, end: float) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+    """Yield time in seconds and pixels, from the last key frame before `begin` on."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        small = stream.codec_context.width * stream.codec_context.height <= _SMALL_PIXELS
+        stream.thread_type, stream.thread_count = ("SLICE", 1) if small else ("AUTO", 0)
+        reformatter = VideoReformatter()  # one for all frames: making it costs more than using it
+        time_base = stream.time_base or Fraction(1, 90_000)
+
+        def pixels(frame: av.VideoFrame) -> np.ndarray:
+            planar = frame.format.name == PIXEL_FORMAT
+            return (frame if planar else reformatter.reformat(frame, format="rgb24")).to_ndarray()
+
+        container.seek(int(begin / time_base), stream=stream, backward=True)
+        for frame in container.decode(stream):
+            yield float((frame.pts or 0) * time_base), partial(pixels, frame)
+
+
+def _by_torchcodec(path: Path, begin: float, end: float) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+    """Yield the same of all frames between `begin` and `end`, decoded at once."""
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise WorldlineError(
+            f"torchcodec cannot be imported ({reason}); install it and FFmpeg's libraries, or take decoder=pyav"
+        ) from None
+    try:
+        video = VideoDecoder(str(path), dimension_order="NHWC")
+        there = video.metadata.begin_stream_seconds, video.metadata.end_stream_seconds
+        found = video.get_frames_played_in_range(max(begin, there[0]), min(end, there[1]))
+    except (RuntimeError, ValueError) as error:
+        raise _Undecodable(str(error).strip().splitlines()[0]) from None
+    for seconds, picture in zip(found.pts_seconds.tolist(), found.data.numpy(), strict=True):
+        yield seconds, partial(np.asarray, picture)
+
+
+class _Undecodable(Exception):
+    """What torchcodec says of a damaged file."""
