@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from worldline.bench.feed import FeedBenchConfig, cpu_seconds, measure, render
+from worldline.data.clips import Record
 
 HEAT = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
 
@@ -16,6 +17,9 @@ class FewClips:
 
     def read(self, ids: np.ndarray) -> np.ndarray:
         return np.stack([np.full((4, 16, 16, 3), clip, np.uint8) for clip in ids.tolist()])
+
+    def record(self) -> Record:
+        raise NotImplementedError
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
