@@ -32,6 +32,7 @@ UPPER = {
     "explain",
     "listing",
     "quickstart",
+    "sweep",
     "__main__",
     "__init__",
 }

@@ -88,15 +88,17 @@ if __name__ == "__main__":
     case, run = sys.argv[1:]
     launcher._work = work_on_toys
     config = replace(toy_config(Path(run)), ray=RayConfig(workers=2))
+    if case == "killed":
+        ray.init("local", num_cpus=2, include_dashboard=False)
     if case == "fed":
-        ray.init(num_cpus=3, include_dashboard=False)
+        ray.init("local", num_cpus=3, include_dashboard=False)
         config = replace(config, feed=replace(config.feed, by="ray"))
     if case == "elastic":
         head = {"num_cpus": 1, "object_store_memory": 80_000_000}
         cluster = Cluster(
             initialize_head=True, head_node_args=head, shutdown_at_exit=False
         )  # else no thread adds nodes
-        atexit.register(cluster.shutdown)
+        atexit.register(lambda: (ray.shutdown(), cluster.shutdown()))
         ray.init(address=cluster.address)
         config = replace(config, ray=RayConfig(workers=2, least=1, look_every_s=2))
         threading.Thread(target=change, args=(cluster, config.path), daemon=True).start()

@@ -117,7 +117,7 @@ def measure(clips: Clips, config: FeedBenchConfig) -> list[dict[str, Any]]:
     if config.ray and find_spec("ray") is not None:
         import ray
 
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:
             pair = {"1 thread": threads(1), "Ray Data, 1 task": lambda start, stop: fed(start, stop, by="ray")}
             rows += _in_turns(pair, config)[1:]  # in turns with the thread that it is compared with
