@@ -127,7 +127,7 @@ def decode_frames(
     begin, end = max(0.0, (first - 0.5) / rate), (first + count - 0.5) / rate
     frames: UInt8[np.ndarray, "t h w 3"] | None = None
     seen = np.zeros(count, dtype=bool)
-    pictures = _by_torchcodec if decoder == "torchcodec" else _by_pyav
+    pictures = {"pyav": _by_pyav, "torchcodec": _by_torchcodec}[decoder]
     try:
         for seconds, picture in pictures(path, begin, end):
             slot = round(seconds * rate) - first
