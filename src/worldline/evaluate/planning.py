@@ -100,14 +100,11 @@ def evaluate_planning(config: PlanConfig) -> Path:
         )
         for offset in config.offsets
     ]
-    agents: dict[str, tuple[Agent, PlannerConfig, str]] = {
-        name: (
-            WorldAgent(world, loop, distance_matrix(world, loop.distance, cache, loop.hold)),
-            config.planner,
-            weights_sha256(world),
-        )
-        for name, world in worlds.items()
-    }
+    agents: dict[str, tuple[Agent, PlannerConfig, str]] = {}  # with what a part depends on beside the options
+    for name, world in worlds.items():
+        matrix = distance_matrix(world, loop.distance, cache, loop.hold)
+        measure = "" if matrix is None else hashlib.sha256(matrix.numpy().tobytes()).hexdigest()
+        agents[name] = WorldAgent(world, loop, matrix), config.planner, weights_sha256(world) + measure
     if config.oracle:
         first = worlds["world"]
         space = Space.of(first.spec, first.action_mean, first.action_std)
