@@ -5,6 +5,8 @@ Shape legend: n moments, h, w the dataset's picture, s the world's, d latent, r 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
@@ -18,7 +20,7 @@ from worldline.evaluate.reliability import rank_correlation
 from worldline.evaluate.starts import Starts
 from worldline.evaluate.windows import states_of
 from worldline.model.world import World
-from worldline.planning.distance import DISTANCES, Distance, change_matrix
+from worldline.planning.distance import Distance, change_matrix
 
 _MOMENTS = 2048
 """Of training episodes, to tell how latents change."""
@@ -62,15 +64,14 @@ def distance_matrix(world: World, distance: Distance, cache: FrameCache, hold: i
 
 
 @torch.no_grad()
-def goal_order(world: World, cache: FrameCache, chosen: list[Starts], hold: int) -> dict[str, float]:
+def goal_order(
+    world: World, cache: FrameCache, chosen: list[Starts], matrices: Mapping[Distance, Float[Tensor, "d r"] | None]
+) -> dict[str, float]:
     """Return, for each distance, how well it orders states: the rank correlation, over frames of a goal's episode, of
     a latent's distance to the goal's with that of the true states in units of the tolerances; the mean over goals.
 
     1 would lead a planner home from anywhere, if only it knew what actions do.
     """
-    matrices = {
-        name: distance_matrix(world, name, cache, hold) for name in DISTANCES if name != "white" or world.gauge.fitted
-    }
     found: dict[str, list[float]] = {name: [] for name in matrices}
     dataset = cache.dataset
     for starts in chosen:

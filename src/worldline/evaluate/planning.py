@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from torch import Tensor
 
 from worldline.core.errors import WorldlineError
 from worldline.core.files import atomic_path, read_json, write_bytes
@@ -29,6 +30,7 @@ from worldline.evaluate.starts import Stage, Starts, choose_starts
 from worldline.model.checkpoint import load_world, weights_sha256
 from worldline.model.picture import filmstrip
 from worldline.model.world import World
+from worldline.planning.distance import DISTANCES, Distance
 from worldline.planning.planners import PlannerConfig, Space
 
 _SHOWN = 4
@@ -101,8 +103,13 @@ def evaluate_planning(config: PlanConfig) -> Path:
         for offset in config.offsets
     ]
     agents: dict[str, tuple[Agent, PlannerConfig, str]] = {}  # with what a part depends on beside the options
+    matrices: dict[str, dict[Distance, Tensor | None]] = {}
     for name, world in worlds.items():
-        matrix = distance_matrix(world, loop.distance, cache, loop.hold)
+        known = [
+            distance for distance in DISTANCES if distance in ("change", "plain", loop.distance) or world.gauge.fitted
+        ]
+        matrices[name] = {distance: distance_matrix(world, distance, cache, loop.hold) for distance in known}
+        matrix = matrices[name][loop.distance]
         measure = "" if matrix is None else hashlib.sha256(matrix.numpy().tobytes()).hexdigest()
         agents[name] = WorldAgent(world, loop, matrix), config.planner, weights_sha256(world) + measure
     if config.oracle:
@@ -148,7 +155,7 @@ def evaluate_planning(config: PlanConfig) -> Path:
                     of_seeds.append(_read_part(part))
                 outcomes[name].append(of_seeds)
     figures = _figures(config, dataset, worlds, chosen, budgets, outcomes)
-    figures["goal_order"] = {name: goal_order(world, cache, chosen, loop.hold) for name, world in worlds.items()}
+    figures["goal_order"] = {name: goal_order(world, cache, chosen, matrices[name]) for name, world in worlds.items()}
     timing = {"seconds": round(time.monotonic() - begun, 1), "decision_ms": _decision_ms(outcomes)}
     write_result(out / "result.json", "plan", figures, timing)
     write_bytes(out / "filmstrip.png", _strip(cache, chosen, context, outcomes["world"]))
