@@ -81,7 +81,7 @@ def test_a_world_that_sees_the_place_reaches_most_goals_and_a_blind_one_few(data
         def step(self, state: State, action: Tensor) -> State:
             return state
 
-    seeing, blind = (tried(WorldAgent(world, LOOP), dataset, count=10) for world in (SeesThePlace(), Blind()))
+    seeing, blind = (tried(WorldAgent(world, LOOP, None), dataset, count=10) for world in (SeesThePlace(), Blind()))
     assert (seeing.steps > 0).mean() >= 0.7
     assert (blind.steps > 0).mean() <= (seeing.steps > 0).mean() - 0.4
 
@@ -92,7 +92,7 @@ def test_what_is_seen_replaces_what_was_imagined(dataset: Dataset) -> None:
             return State(state.z + 9.0, ())
 
     world, starts = Lost(), choose_starts(dataset, offset=15, context=2, count=3, seed=1)
-    agent, simulators = WorldAgent(world, LOOP), Stage(dataset).at(starts)
+    agent, simulators = WorldAgent(world, LOOP, None), Stage(dataset).at(starts)
     agent.begin(closed_loop.problems_at(FrameCache(dataset), starts, 2), simulators)
     before = agent._state.z.clone()
     seen = [simulators[row].step(np.ones(2, np.float32)) for row in (0, 2)]
@@ -114,7 +114,7 @@ def test_reached_is_told_by_the_true_state(dataset: Dataset, monkeypatch: pytest
 
 
 def test_the_seed_alone_decides_the_loop(dataset: Dataset) -> None:
-    first, again, other = (tried(WorldAgent(SeesThePlace(), LOOP), dataset, seed) for seed in (0, 0, 1))
+    first, again, other = (tried(WorldAgent(SeesThePlace(), LOOP, None), dataset, seed) for seed in (0, 0, 1))
     assert np.array_equal(first.steps, again.steps)
     assert np.array_equal(first.frames, again.frames)
     assert not np.array_equal(first.frames, other.frames)

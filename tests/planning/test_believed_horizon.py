@@ -82,11 +82,11 @@ def test_trust_wants_an_estimator_and_no_screen(world: World) -> None:
     if screen is not None:
         with pytest.raises(WorldlineError, match="got a screen"):
             GoalCost(world, state, goal, screen=screen, trust=0.5)
-    WorldAgent(world, LoopConfig(trust=0.5))
+    WorldAgent(world, LoopConfig(trust=0.5), None)
     world.gauge.estimator = None
     with pytest.raises(WorldlineError, match="got no estimator"):
         GoalCost(world, state, goal, trust=0.5)
     with pytest.raises(WorldlineError, match="error estimator, and this one has none"):
-        WorldAgent(world, LoopConfig(trust=0.5))
+        WorldAgent(world, LoopConfig(trust=0.5), None)
     with pytest.raises(WorldlineError, match="must be positive"):
         LoopConfig(trust=0.0)

@@ -94,7 +94,7 @@ class Agent(Protocol):
 class WorldAgent:
     """Plans in a world's imagination, towards the latent of the goal's picture."""
 
-    def __init__(self, world: World, loop: LoopConfig, matrix: Float[Tensor, "d r"] | None = None) -> None:
+    def __init__(self, world: World, loop: LoopConfig, matrix: Float[Tensor, "d r"] | None) -> None:
         """
         Args:
             matrix: what `evaluate.distances.distance_matrix` returns for `loop.distance`.
