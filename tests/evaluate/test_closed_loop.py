@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from worldline.evaluate import closed_loop, planning
 from worldline.evaluate.closed_loop import LoopConfig, OracleAgent, WorldAgent, attempt
 from worldline.evaluate.distances import distance_matrix, goal_order
 from worldline.evaluate.planning import PlanConfig, evaluate_planning
-from worldline.evaluate.starts import Stage, choose_starts
+from worldline.evaluate.starts import Stage, Starts, choose_starts
 from worldline.model.checkpoint import save_world
 from worldline.model.gauge import Gauge
 from worldline.model.world import State, World, WorldConfig
@@ -84,6 +85,21 @@ def test_a_world_that_sees_the_place_reaches_most_goals_and_a_blind_one_few(data
     seeing, blind = (tried(WorldAgent(world, LOOP, None), dataset, count=10) for world in (SeesThePlace(), Blind()))
     assert (seeing.steps > 0).mean() >= 0.7
     assert (blind.steps > 0).mean() <= (seeing.steps > 0).mean() - 0.4
+
+
+def test_starts_do_not_disturb_each_other(dataset: Dataset) -> None:
+    loop = LoopConfig(hold=3, distance="plain", carried_out=2)  # some arrive while others are on their way
+    starts = choose_starts(dataset, offset=15, context=2, count=6, seed=1)
+
+    def steps(some: Starts) -> list[int]:
+        agent, simulators = WorldAgent(SeesThePlace(), loop, None), Stage(dataset).at(some)
+        frames = FrameCache(dataset)
+        outcome = attempt(agent, frames, some, simulators, planner=QUICK, loop=loop, context=2, budget=45, seed=0)
+        return outcome.steps.tolist()
+
+    together = steps(starts)
+    assert len(set(together)) > 2
+    assert together == [steps(replace(starts, index=starts.index[i : i + 1]))[0] for i in range(6)]
 
 
 def test_what_is_seen_replaces_what_was_imagined(dataset: Dataset) -> None:

@@ -173,7 +173,8 @@ def attempt(
     seed: int,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> Outcome:
-    """Let an agent try every start for at most `budget` environment steps. A start whose goal is reached is left alone.
+    """Let an agent try every start for at most `budget` environment steps, each as if it were the only one. A start
+    whose goal is reached is left alone.
 
     `simulators` stand at the starts, and have moved on afterwards.
 
@@ -193,20 +194,20 @@ def attempt(
         milliseconds.append((time.perf_counter() - begun) * 1e3 / len(rows))
         rest = agent.space.centre.expand(len(rows), loop.carried_out, -1)
         moved_on[rows] = torch.cat((found[:, loop.carried_out :], rest), dim=1)
-        before = done
+        before, going = done, np.arange(len(rows))  # which of the rows planned for are still on their way
         for action in _each(found[:, : loop.carried_out].numpy(), loop.hold):
-            if done == budget or not rows:
+            if done == budget or not len(going):
                 break
-            seen = [simulators[row].step(action[row_at]) for row_at, row in enumerate(rows)]
+            left = [rows[at] for at in going]
+            seen = [simulators[row].step(action[at]) for at, row in zip(going, left, strict=True)]
             done += 1
-            agent.observe(rows, action, seen)
+            agent.observe(left, action[going], seen)
             states = np.stack([observation.state for observation in seen])
-            there = reached(dataset.spec, states, problems.goal_states[rows])
-            for row, observation, is_there in zip(rows, seen, there.tolist(), strict=True):
+            there = reached(dataset.spec, states, problems.goal_states[left])
+            for row, observation, is_there in zip(left, seen, there.tolist(), strict=True):
                 last[row] = observation.frame
                 steps[row] = done if is_there else -1
-            if there.any():
-                break  # plan anew for those that remain
+            going = going[~there]
         advance(done - before)
     advance(budget - done)
     return Outcome(steps, last, np.array(milliseconds))
