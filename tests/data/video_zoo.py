@@ -137,6 +137,13 @@ def broken_files() -> list[Broken]:
                             container.mux(packet)
             return Path(file.name).read_bytes()
 
+    def another_stream() -> bytes:
+        """Return one whose last picture belongs to a stream that nothing announced."""
+        whole = bytearray(encode(frames, "mpegts"))
+        starts = [at for at in range(0, len(whole), 188) if whole[at + 1 : at + 3] == b"\x41\x00"]
+        whole[starts[-1] + 2] = 36
+        return bytes(whole)
+
     def bytes_of(content: bytes) -> Callable[[Path], object]:
         return lambda path: path.write_bytes(content)
 
@@ -173,6 +180,8 @@ def broken_files() -> list[Broken]:
         "more promised.avi": (patched(avi, length, b"\x0f\x27\x00\x00"), "truncated", FRAMES),
         "sound.mp4": (sound(), "no_video_stream", 0),
         "cover.m4v": (cover(), "no_video_stream", 0),
+        "unknown codec.mp4": (front.replace(b"avc1", b"zzzz"), "unknown_codec", 0),
+        "another stream.ts": (another_stream(), "truncated", None),
         "another size.avi": (two_sizes(), "size_changes", FRAMES),
         "four frames.mp4": (encode(frames[:4]), "too_short", 4),
         "one frame.mp4": (encode(frames[:1]), "too_short", 1),

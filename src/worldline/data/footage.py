@@ -25,6 +25,7 @@ REASONS = {
     "not_a_video": "its bytes are no video container",
     "broken_index": "a video container that cannot be opened: its index is missing, cut off or nonsense",
     "no_video_stream": "a container without moving pictures",
+    "unknown_codec": "FFmpeg has no decoder for its pictures",
     "too_large": "its header, or a frame, claims more than 67 million pixels",
     "no_frames": "not one frame can be decoded",
     "truncated": "it ends before its last frame",
@@ -35,6 +36,8 @@ REASONS = {
 }
 """The closed list of what the ledger says, and what it means."""
 MAX_PIXELS = 1 << 26
+_BROKEN = (av.error.FFmpegError, ValueError, IndexError, MemoryError)
+"""What PyAV raises at damaged bytes; IndexError where a stream turns up that was not announced."""
 _NOT_VIDEO = ("tty", "image2", "ico", "ass", "srt", "webvtt", "tiertexseq")
 _INDEXED = ("mov", "matroska", "avi")
 """Containers that know their key frames; in others a seek may lead between two, and the decoder makes pictures up."""
@@ -103,7 +106,7 @@ class VideoFootage(Footage):
         check_file(self._path)
         try:
             container = av.open(str(self._path))
-        except (av.error.FFmpegError, ValueError, MemoryError) as error:
+        except _BROKEN as error:
             looks = looks_like_video(self._path)
             raise Unusable("broken_index" if looks else "not_a_video", _told(error)) from None
         with container:
@@ -118,6 +121,8 @@ class VideoFootage(Footage):
             others = len(container.streams.video) + len(container.streams.audio) + len(container.streams.subtitles)
             raise Unusable("no_video_stream" if others else "broken_index", f"{others} other streams in {name}")
         context = stream.codec_context
+        if context is None:
+            raise Unusable("unknown_codec", f"stream {stream.index} of {name}")
         self.declared, self.width, self.height = stream.frames or None, context.width, context.height
         self.rate = float(stream.average_rate or stream.guessed_rate or 0)
         if self.width * self.height > MAX_PIXELS:
@@ -125,7 +130,10 @@ class VideoFootage(Footage):
         context.options = {"max_pixels": str(MAX_PIXELS)}
         context.thread_type, context.thread_count = "SLICE", 1  # the cores have other files to decode
         if since is not None:
-            container.seek(since, stream=stream, backward=True)
+            try:
+                container.seek(since, stream=stream, backward=True)
+            except _BROKEN as error:
+                raise Unusable("damaged", _told(error)) from None
         self.seekable = name.startswith(_INDEXED)
         unit = float(stream.time_base)
         last, packets = -np.inf, 0
@@ -158,11 +166,11 @@ class VideoFootage(Footage):
                     yield stamp * unit, stamp, frame
             except Unusable as found:
                 damage = found
-            except (av.error.FFmpegError, ValueError, MemoryError) as error:
+            except _BROKEN as error:
                 damage = Unusable("damaged", _told(error))
         self._judge(container, stream, damage, packets, last)
 
-    def _judge(self, container: Any, stream: Any, damage: Unusable | None, packets: int, last: float) -> None:
+    def _judge(self, container: Any, stream: Any, damage: Unusable | None, packets: int, last: float | int) -> None:
         """Say how a stream ended, if it did not end well."""
         if damage is not None and damage.reason == "damaged" and not _goes_on(container, stream):
             damage = Unusable("truncated", damage.detail)
@@ -173,7 +181,7 @@ class VideoFootage(Footage):
         if not self.num_frames:
             raise Unusable("no_frames", f"{packets} packets")
 
-    def _cut_short(self, container: Any, stream: Any, packets: int, last: float) -> Unusable | None:
+    def _cut_short(self, container: Any, stream: Any, packets: int, last: float | int) -> Unusable | None:
         """Compare a stream that ended quietly with what its header promised."""
         name = container.format.name
         if name == "avi":  # it counts in frames, and frames without bytes are not delivered
@@ -244,10 +252,15 @@ class Fit:
 
 def _goes_on(container: Any, stream: Any) -> bool:
     """Say whether whole packets follow the one that failed; a last one may be what a parser had left over."""
+    whole = 0
     try:
-        return sum(1 for packet in container.demux(stream) if packet.size and not packet.is_corrupt) > 1
-    except (av.error.FFmpegError, ValueError):
-        return False
+        for packet in container.demux(stream):
+            whole += packet.size > 0 and not packet.is_corrupt
+            if whole > 1:
+                return True
+    except _BROKEN:
+        pass
+    return False
 
 
 def _matroska_frames(container: Any, stream: Any) -> int | None:
