@@ -129,6 +129,8 @@ def test_what_does_not_fit_is_refused(whole: Path, tmp_path: Path) -> None:
         pretrain(replace(config, model=other))
     with pytest.raises(WorldlineError, match=r"batch must be a multiple of ranks x parallel.accumulate, 1 x 3, got 8"):
         pretrain(replace(config, parallel=ParallelConfig(accumulate=3)))
+    with pytest.raises(WorldlineError, match=r"parallel.accumulate must be 1 with learner.target=sigreg"):
+        toy_config(tmp_path / "run", target="sigreg", parallel=ParallelConfig(accumulate=2))
     with pytest.raises(WorldlineError, match=r"of every number of workers .* got 8 and 3"):
         replace(config, ray=RayConfig(workers=4, least=1))
     with pytest.raises(WorldlineError, match=r"ray.least must be 1 to ray.workers, got 3 of 2"):

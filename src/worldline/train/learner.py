@@ -123,14 +123,14 @@ class Learner:
         places = [masks(self._mask, kind, self._grid, batch.ids, batch.step, self._seed) for kind in range(kinds)]
         total = torch.zeros((), device=self._device)
         parts = np.array_split(np.arange(len(batch.ids)), self._parallel.accumulate)
-        for i, part in enumerate(parts):
+        for part in parts:
             rows = slice(int(part[0]), int(part[-1]) + 1)
             clips, weight = batch.clips[rows], batch.weight[rows]
             features = self._target_features(clips)
             for kind, (kept, hidden) in enumerate(places):
-                synchronise_gradients(self.model, i + 1 == len(parts) and kind + 1 == kinds)
+                synchronise_gradients(self.model, part is parts[-1] and kind + 1 == kinds)
                 seen, told = (torch.from_numpy(place[rows]).to(self._device) for place in (kept, hidden))
-                loss = self._loss(clips, weight, seen, told, features, (batch.step, i, kind))
+                loss = self._loss(clips, weight, seen, told, features, (batch.step, kind))
                 share = loss * len(part) / (len(batch.ids) * kinds)
                 torch.autograd.backward(share)
                 total += share.detach()
@@ -161,7 +161,7 @@ class Learner:
         kept: Int64[Tensor, "b k"],
         hidden: Int64[Tensor, "b m"],
         features: Float[Tensor, "b n e"] | None,
-        key: tuple[int, int, int],
+        key: tuple[int, int],
     ) -> Float[Tensor, ""]:
         """Return the mean over clips of |told - target| over hidden tokens; a lost clip counts as 0.
 

@@ -303,7 +303,8 @@ def report(config: PlanMemoryConfig, choices: list[Choice]) -> str:
     if best.clips:
         options = [f"batch={best.clips * config.gpus}"]
         options += [f"parallel.{name}=true" for name in ("checkpointing", "offload") if getattr(best, name)]
-        lines += ["", f"options: {' '.join(options)}; a larger batch with parallel.accumulate=N"]
+        larger = "; a larger batch with parallel.accumulate=N" if config.learner.target == "ema" else ""
+        lines += ["", f"options: {' '.join(options)}{larger}"]
     return "\n".join(lines)
 
 

@@ -38,7 +38,8 @@ class ParallelConfig:
     offload: bool = False
     """Keep parameters, gradients and optimiser in CPU memory between their uses; needs torchrun, for one GPU too."""
     accumulate: int = 1
-    """Parts that a rank's share of a batch is computed in, one after the other."""
+    """Parts that a rank's share of a batch is computed in, one after the other; with learner.target=ema only, since
+    SIGReg is of all clips of a batch together."""
 
     def __post_init__(self) -> None:
         require_at_least(self, {"accumulate": 1}, "parallel.")

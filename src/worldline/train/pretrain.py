@@ -124,6 +124,11 @@ class PretrainConfig:
         require_at_least(self, {"batch": 1, "threads": 0, "log_every": 1, "checkpoint_every": 1})
         if self.feed.by == "ray" and not self.ray.workers:
             raise WorldlineError("feed.by=ray reads on the Ray cluster that trains; give ray.workers=N with it")
+        if self.parallel.accumulate > 1 and self.learner.target == "sigreg":
+            raise WorldlineError(
+                f"parallel.accumulate must be 1 with learner.target=sigreg, which compares all clips of an update, got "
+                f"{self.parallel.accumulate}; save memory by parallel.checkpointing=true or more ranks"
+            )
         if self.ray.least is not None:
             counts = range(self.ray.least, self.ray.workers + 1)
             if not counts or self.ray.least < 1:
