@@ -59,17 +59,33 @@ class Shards:
         """Wait for the checkpoint that is being written and point `last` at it.
 
         Rank 0 waits until every rank's file is whole: its own part of the write ends with the metadata of all.
+
+        Raises:
+            WorldlineError: it could not be written, by any rank.
         """
         if self._writing is None:
             return
         step, written = self._writing
-        written.result()
         self._writing = None
+        try:
+            written.result()
+        except CheckpointException as error:
+            cause = _cause(error)
+            if not isinstance(cause, (OSError, RuntimeError)):
+                raise cause from None
+            raise WorldlineError(
+                f"{self._place(step)} could not be written ({_line(cause)}); make room and give the same command "
+                "again: it goes on from the checkpoint before"
+            ) from None
         if self._ranks.rank == 0:
             self._point(step)
 
     def load(self, models: dict[str, Any], optimizer: Any) -> int:
-        """Put back the last whole checkpoint, whatever number of ranks wrote it; return its step, 0 without one."""
+        """Put back the last whole checkpoint, whatever number of ranks wrote it; return its step, 0 without one.
+
+        Raises:
+            WorldlineError: its files are damaged.
+        """
         step = int(os.readlink(self._run / "last").rsplit("/", 1)[-1]) if (self._run / "last").is_symlink() else 0
         self._ranks.wait()  # all have read the link before rank 0 may change anything
         if self._ranks.rank == 0:
@@ -81,8 +97,11 @@ class Shards:
             with _no_ranks():
                 load(state, checkpoint_id=self._place(step), no_dist=self._ranks.mesh is None)
         except (OSError, CheckpointException) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise WorldlineError(f"{self._place(step)} is damaged ({reason}); start again with another path=") from None
+            if not isinstance(cause := _cause(error), Exception):
+                raise cause from None  # Ctrl-C
+            raise WorldlineError(
+                f"{self._place(step)} is damaged ({_line(cause)}); start again with another path="
+            ) from None
         parameters = state.pop("optimizer")
         for name, model in models.items():
             own = name == "model"
@@ -125,6 +144,15 @@ def _state(models: dict[str, Any], optimizer: Any) -> dict[str, Any]:
         if name == "model":
             state["optimizer"] = parameters
     return state
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what a checkpoint failed of; of several ranks, the first that did."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _save_alone(state: dict[str, Any], place: Path) -> None:
