@@ -16,18 +16,23 @@ from worldline.core.errors import WorldlineError, require_at_least
 from worldline.core.files import read_json, write_bytes
 from worldline.core.progress import progress
 from worldline.core.result import write_result
-from worldline.core.seeding import rng_for, seed_for
+from worldline.core.seeding import rng_for
 from worldline.core.types import Factor
 from worldline.data.cache import FrameCache
 from worldline.data.lerobot import Dataset, open_dataset
 from worldline.evaluate.probe import fit_probe
 from worldline.model.factors import FactorHead, split_factors, squared_error
 from worldline.model.video import CARD, VideoEncoder, load_encoder
+from worldline.train.checkpoint import RESULT
+from worldline.train.learner import first_weights
 from worldline.train.loop import threads
+from worldline.train.unseen import told
 
 _BATCH = 16
 _DRAWS = 2000
 _FOLDS = 5
+_KEPT = ("steps", "loss", "clips", "parameters", "lost", "never_seen")
+"""What is taken over from the result of the pre-training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,7 @@ class PretrainBenchConfig:
     probes: int = 3
     """Probes with seeds of their own; their errors are averaged."""
     seed: int = 0
-    """Of the clips, the first weights and the draws."""
+    """Of the clips and the draws; the first weights are those of the run's own seed."""
     threads: int = 1
     """CPU threads."""
     reports: Path = Path("reports")
@@ -59,8 +64,9 @@ def run(config: PretrainBenchConfig) -> Path:
     """Fit probes on features of both encoders; write `result.json` and `report.md`, return the report.
 
     Raises:
-        WorldlineError: there is no encoder, or the data name no factors or have too short episodes.
+        WorldlineError: there is no finished run, or the data name no factors or have too short episodes.
     """
+    finished = read_json(config.encoder / RESULT)
     with threads(config.threads):
         trained = load_encoder(config.encoder)
         sight = trained.config
@@ -69,9 +75,8 @@ def run(config: PretrainBenchConfig) -> Path:
         span = (sight.frames - 1) * config.stride + 1
         places = _places(dataset.lengths, span, config.clips, config.seed)
         state = np.stack([_states(dataset, episode)[start + span - 1] for episode, start in places.tolist()])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(config.seed, "first weights"))
-            fresh = VideoEncoder(sight).eval()
+        training = read_json(config.encoder / CARD)["training"]
+        fresh = first_weights(sight, training["config"]["seed"]).encoder.eval()
         errors: dict[str, dict[str, np.ndarray]] = {}
         spread: dict[str, np.ndarray] = {}
         for name, encoder in (("pretrained", trained), ("random", fresh)):
@@ -79,7 +84,8 @@ def run(config: PretrainBenchConfig) -> Path:
                 z = _features(encoder, cache, places, config.stride, task.advance)
             errors[name], spread = _errors(dataset.spec.factors, z, state, places[:, 0], config.probes)
         figures = {
-            "encoder": read_json(config.encoder / CARD)["training"],
+            "encoder": training,
+            "pretraining": {name: finished[name] for name in _KEPT},
             "data": {"name": dataset.spec.name, "fingerprint": dataset.fingerprint, "episodes": dataset.num_episodes},
             "clips": config.clips,
             "folds": _FOLDS,
@@ -88,7 +94,7 @@ def run(config: PretrainBenchConfig) -> Path:
             "factors": _scores(errors, spread, places[:, 0], config.seed),
         }
     folder = Path(config.reports) / f"{date.today():%Y-%m-%d}-pretrain"
-    write_result(folder / "result.json", "pretrain-probe", figures)
+    write_result(folder / "result.json", "pretrain-probe", figures, {"pretraining": finished["timing"]})
     report = folder / "report.md"
     write_bytes(report, render(read_json(folder / "result.json")).encode())
     return report
@@ -183,9 +189,11 @@ def render(result: dict[str, Any]) -> str:
     config = trained["config"]
     model, rows = config["model"], result["factors"]
     beaten = [name for name, row in rows.items() if row["interval"][0] > 0 and row["pretrained"] > 0]
-    told = f"beats its first weights on {' and '.join(beaten)}" if beaten else "does not beat its first weights"
+    verdict = f"beats its first weights on {' and '.join(beaten)}" if beaten else "does not beat its first weights"
+    run, timing = result["pretraining"], result["timing"]["pretraining"]
+    unseen = told(run["never_seen"]) or "none"
     lines = [
-        f"# A frozen encoder, pre-trained without actions or states, {told}",
+        f"# A frozen encoder, pre-trained without actions or states, {verdict}",
         "",
         f"A video transformer of {model['width']} channels and {model['depth']} blocks, {trained['step']} updates of "
         f"{config['batch']} clips ({model['frames']} frames of {model['image_size']} px) of masked pre-training, "
@@ -193,7 +201,12 @@ def render(result: dict[str, Any]) -> str:
         f"{result['data']['name']} at a clip's last frame from the mean of its last features. The "
         f"{result['clips']} clips are of {result['data']['episodes']} episodes that pre-training never saw; each fifth "
         "of the episodes is the test of probes that were fitted and stopped on the others. Beside it the "
-        "same network as it was initialised, on the same clips, with probes of the same kind.",
+        "same network with the weights that this training began with, on the same clips, with probes of the same kind.",
+        "",
+        f"The pre-training: {run['parameters'] / 1e6:.2f} million weights, {run['clips']:,} clips, "
+        f"{timing['cpu_seconds'] / 60:.1f} minutes of CPU time in {timing['seconds'] / 60:.1f} minutes"
+        + (f" (since it was resumed at update {timing['resumed_at']})" if timing["resumed_at"] else "")
+        + f", last loss {run['loss']:.4f}. Clips not read in their turn: {run['lost']}; never seen: {unseen}.",
         "",
         "| factor | R^2 pre-trained | R^2 first weights | gain, 95% interval over test episodes |",
         "|---|---|---|---|",
@@ -207,7 +220,8 @@ def render(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"The interval is paired: {_DRAWS} draws of whole test episodes, both encoders' errors from the same draw; "
-        f"errors are means over {result['probes']} probes.",
+        f"errors are means over {result['probes']} probes. Probes of different folds share training episodes, so that "
+        "the intervals are a little too narrow.",
         "",
         f"Machine: {made['machine']['processor']}, {made['machine']['cores']} cores; torch "
         f"{made['versions'].get('torch')}; commit {made['commit']}.",

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from worldline.core.errors import require_at_least
 from worldline.core.seeding import seed_for
-from worldline.model.video import MaskedVideo, VideoConfig, VideoEncoder
+from worldline.model.video import MaskedVideo, VideoConfig
 from worldline.train.feed import Batch
 from worldline.train.losses import sigreg, warmup_cosine
 from worldline.train.masks import MaskConfig, masks
@@ -58,6 +58,13 @@ class LearnerConfig:
         require_at_least(self, {"steps": 1, "warmup": 0, "places": 1, "projections": 1}, "learner.")
 
 
+def first_weights(model: VideoConfig, seed: int) -> MaskedVideo:
+    """Return the model that a pre-training with this seed begins with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(seed, "weights"))
+        return MaskedVideo(model)
+
+
 class Learner:
     """Model, target and optimiser, spread over the ranks."""
 
@@ -74,12 +81,8 @@ class Learner:
     ) -> None:
         self.config, self._mask, self._parallel, self._grid = config, mask, parallel, model.grid
         self._seed, self._device = seed, device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(seed, "weights"))  # every rank makes all weights and keeps its part
-            whole = MaskedVideo(model)
-            averaged = VideoEncoder(model).requires_grad_(False) if config.target == "ema" else None
-        if averaged is not None:
-            averaged.load_state_dict(whole.encoder.state_dict())
+        whole = first_weights(model, seed)  # every rank makes all weights and keeps its part
+        averaged = first_weights(model, seed).encoder.requires_grad_(False) if config.target == "ema" else None
         self.num_parameters = sum(p.numel() for p in whole.parameters())
 
         def spread(module: nn.Module) -> nn.Module:
