@@ -134,9 +134,15 @@ def _pretrain(config: Any, flags: set[str]) -> int:
 
 
 def _plan_memory(config: Any, flags: set[str]) -> int:
-    from worldline.train.memory import plan_memory, report
+    from worldline.train.memory import plan_memory
+    from worldline.train.memory_report import figures, text, write
 
-    print(report(config, plan_memory(config)))
+    started = time.monotonic()
+    found = figures(config, plan_memory(config))
+    print(text(found))
+    if config.out is not None:
+        write(config.out, found)
+        wrote(config.out, started)
     return 0
 
 

@@ -11,7 +11,8 @@ from toy_clips import MODEL, toy_config
 from worldline.core.errors import WorldlineError
 from worldline.model.video import VideoConfig
 from worldline.train import memory
-from worldline.train.memory import Need, PlanMemoryConfig, measuring, plan_memory, report
+from worldline.train.memory import Need, PlanMemoryConfig, measuring, plan_memory
+from worldline.train.memory_report import figures, text, write
 from worldline.train.parallel import ParallelConfig, Ranks
 
 
@@ -38,7 +39,7 @@ def test_ranks_share_what_is_kept_and_nothing_else() -> None:
     assert four.activations > 0.8 * one.activations
 
 
-def test_the_most_clips_that_fit_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_most_clips_that_fit_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Bytes that grow a little faster than the line through the first two counts, which so promises too much."""
 
     tried = []
@@ -64,11 +65,12 @@ def test_the_most_clips_that_fit_are_found(monkeypatch: pytest.MonkeyPatch) -> N
         (True, True, 61),  # 9.821 GB
     ]
     assert len(tried) < 15
-    assert "options: batch=114 parallel.checkpointing=true;" in report(plan, choices)
+    write(tmp_path, figures(plan, choices))
+    assert "options: batch=114 parallel.checkpointing=true;" in (tmp_path / "report.md").read_text()
 
 
 def test_what_cannot_fit_is_told() -> None:
     plan = PlanMemoryConfig(model=MODEL, gpus=1, memory_gb=2.0001, reserve_gb=2.0)
-    assert report(plan, plan_memory(plan)).count("none fits") == 4
+    assert text(figures(plan, plan_memory(plan))).count("none fits") == 4
     with pytest.raises(WorldlineError, match="reserve_gb must be less than memory_gb"):
         PlanMemoryConfig(model=VideoConfig(), memory_gb=1.0)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,14 @@ from torch.utils._pytree import tree_leaves
 
 from worldline.core.errors import WorldlineError, require_at_least
 from worldline.core.progress import progress
-from worldline.model.video import MaskedVideo, VideoConfig
+from worldline.model.video import VideoConfig
 from worldline.train.feed import Batch
 from worldline.train.learner import Learner, LearnerConfig
 from worldline.train.masks import MaskConfig
 from worldline.train.parallel import ParallelConfig, Ranks, local
 
 GB = 1e9
-_LARGEST = 1024
+LARGEST = 1024
 """Clips a rank beyond which nobody looks."""
 _FIRST = 16
 """Clips a rank that are tried first: beyond one, so many that what grows with them tells the slope."""
@@ -51,6 +52,8 @@ class PlanMemoryConfig:
     """Memory of each, 1e9 bytes."""
     reserve_gb: float = 2.0
     """Kept free for what no tensor holds: context, workspaces, communication, holes. Assumed, not measured."""
+    out: Path | None = None
+    """A folder for what was found, result.json and report.md; null only prints it."""
 
     def __post_init__(self) -> None:
         require_at_least(self, {"gpus": 1})
@@ -129,7 +132,7 @@ def _most(need: Callable[[int], Need], offload: bool, room: float) -> int:
 
     if size(1) > room:
         return 0
-    fits, too_many, guess = 1, _LARGEST + 1, _FIRST
+    fits, too_many, guess = 1, LARGEST + 1, _FIRST
     while too_many - fits > max(1, fits // 32):
         slope = (size(guess) - size(fits)) / (guess - fits)
         if size(guess) <= room:
@@ -252,64 +255,6 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _forget(self, key: int) -> None:
         _, name, size = self._alive.pop(key)
         self.now[name] -= size
-
-
-def arithmetic(config: PlanMemoryConfig, need: Need) -> list[tuple[str, int, str]]:
-    """Return what a rank holds with one line of arithmetic for each: name, bytes, words."""
-    with torch.device("meta"):
-        whole = MaskedVideo(config.model)
-    weights = sum(p.numel() for p in whole.parameters())
-    encoder = sum(p.numel() for p in whole.encoder.parameters())
-    per = f"/ {config.gpus} ranks" if config.gpus > 1 else "on one rank"
-    times, rows, cols = config.model.grid
-    return [
-        ("parameters", need.parameters, f"4 B x {weights:,} weights {per}"),
-        ("average", need.average, f"4 B x {encoder:,} weights of the encoder {per}"),
-        ("optimizer", need.optimizer, f"8 B x {weights:,} weights {per}"),
-        ("gradients", need.gradients, f"4 B x those of {weights:,} that are there at the worst moment {per}"),
-        ("gathered", need.gathered, "weights of the blocks at work, whole"),
-        ("activations", need.activations, f"{times} x {rows} x {cols} = {times * rows * cols} tokens a clip"),
-    ]
-
-
-def report(config: PlanMemoryConfig, choices: list[Choice]) -> str:
-    """Say which settings fit, and where the bytes of the best of them come from."""
-    best = max(choices, key=lambda choice: (choice.clips > 0, not choice.offload, choice.clips))
-    room = config.memory_gb - config.reserve_gb
-    gpus = "1 GPU" if config.gpus == 1 else f"{config.gpus} GPUs"
-    lines = [
-        f"{gpus} of {config.memory_gb:g} GB, {config.reserve_gb:g} GB kept free: {room:g} GB for a rank's tensors",
-        "",
-        "checkpointing  offload  clips a rank   on the GPU  on the host",
-    ]
-    for choice in choices:
-        device = choice.need.on_device(choice.offload)
-        clips = str(choice.clips) if choice.clips else "none fits"
-        if choice.clips == _LARGEST:
-            clips += " or more"
-        lines.append(
-            f"{_yes(choice.checkpointing):<13}  {_yes(choice.offload):<7}  {clips:<12}  {device / GB:>8.2f} GB  "
-            f"{(choice.need.total - device) / GB:>8.2f} GB"
-        )
-    shown = max(1, best.clips)
-    lines += [
-        "",
-        f"checkpointing {_yes(best.checkpointing)}, offload {_yes(best.offload)}, {shown} clip(s) a rank; where it is:",
-    ]
-    where = ("parameters", "average", "optimizer", "gradients") if best.offload else ()
-    for name, size, words in arithmetic(config, best.need):
-        place = "host" if name in where else "GPU"
-        lines.append(f"  {name:<12} {size / GB:>8.3f} GB  {place:<4}  {words}")
-    if best.clips:
-        options = [f"batch={best.clips * config.gpus}"]
-        options += [f"parallel.{name}=true" for name in ("checkpointing", "offload") if getattr(best, name)]
-        larger = "; a larger batch with parallel.accumulate=N" if config.learner.target == "ema" else ""
-        lines += ["", f"options: {' '.join(options)}{larger}"]
-    return "\n".join(lines)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 @contextmanager
