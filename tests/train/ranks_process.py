@@ -33,7 +33,7 @@ WAYS: dict[str, tuple[ParallelConfig, dict[str, str]]] = {
 def learner_and_batch(config: PretrainConfig, ranks: Ranks) -> tuple[Learner, Batch]:
     ids = Order(ToyClips.num_clips, config.batch, config.seed).share(0, ranks.rank, ranks.count)
     learner = Learner(config.model, config.mask, config.learner, config.parallel, ranks, seed=3, device="cpu")
-    return learner, Batch(0, ids, torch.from_numpy(ToyClips().read(ids)), torch.ones(len(ids)), (), 0.0)
+    return learner, Batch(0, ids, torch.from_numpy(ToyClips().read(ids)), torch.ones(len(ids)), ())
 
 
 def first_gradients(ranks: Ranks) -> dict[str, np.ndarray]:

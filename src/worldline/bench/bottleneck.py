@@ -303,7 +303,7 @@ def flops_per_clip(model: VideoConfig, mask: MaskConfig, learner: LearnerConfig)
         learning = Learner(model, mask, learner, ParallelConfig(), Ranks(0, 1, None, None), seed=0, device="cpu")
         shape = (clips, model.frames, model.image_size, model.image_size, 3)
         pictures = torch.zeros(shape, dtype=torch.uint8)
-        batch = Batch(0, np.arange(clips), pictures, torch.ones(clips), lost=(), read_seconds=0.0)
+        batch = Batch(0, np.arange(clips), pictures, torch.ones(clips), lost=())
         with FlopCounterMode(display=False) as counter:
             learning.update(batch)
     return float(counter.get_total_flops()) / clips

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +15,16 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from worldline.core.errors import WorldlineError, require_at_least
+from worldline.core.files import read_json, write_json
 from worldline.core.seeding import rng_for
 from worldline.data.clips import Clips
+from worldline.data.deadly import DEATHS, InHand, find_deadly, left_in_hand
 from worldline.data.order import Order
 from worldline.data.sampler import Prefetcher
+from worldline.train.parallel import Ranks
+
+IN_HAND, DEADLY = "in_hand", "deadly.json"
+"""Of a run's directory: what is being read, and the clips that a process dies of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +65,28 @@ class Batch(NamedTuple):
     weight: Float[Tensor, " b"]
     """1 for a clip, 0 for the black one in the place of a lost one."""
     lost: tuple[Lost, ...]
-    read_seconds: float
 
 
 class Reader:
     """Read a rank's share of an update: the same from whatever thread, process or machine it is called.
 
-    Pictures larger than `image_size` are cut at a place that only (seed, step, id) decides.
+    Pictures larger than `image_size` are cut at a place that only (seed, step, id) decides. Clips that are `deadly` are
+    lost, for the reason given, and not tried.
     """
 
     def __init__(
-        self, clips: Clips, order: Order, config: FeedConfig, *, rank: int, ranks: int, image_size: int, seed: int
+        self,
+        clips: Clips,
+        order: Order,
+        config: FeedConfig,
+        *,
+        rank: int,
+        ranks: int,
+        image_size: int,
+        seed: int,
+        deadly: Mapping[int, str] | None = None,
     ) -> None:
-        self._clips, self._order, self._config = clips, order, config
+        self._clips, self._order, self._config, self._deadly = clips, order, config, dict(deadly or {})
         self._rank, self._ranks, self._size, self._seed = rank, ranks, image_size, seed
 
     @property
@@ -79,26 +95,22 @@ class Reader:
         most = -(-self._order.batch_size // self._ranks)
         return most * self._clips.num_frames * self._size**2 * 3
 
+    def ids(self, step: int) -> Int64[np.ndarray, " b"]:
+        """Return the clips of update `step`."""
+        return self._order.share(step, self._rank, self._ranks)
+
     def __call__(self, step: int) -> Batch:
-        """Return the batch of update `step`, on the CPU."""
-        started = time.perf_counter()
-        ids = self._order.share(step, self._rank, self._ranks)
-        pictures, lost = self._read(step, ids)
-        clips = torch.from_numpy(self._cut(step, ids, pictures))
-        weight = torch.from_numpy(~np.isin(ids, [each.clip for each in lost])).float()
-        return Batch(step, ids, clips, weight, lost, time.perf_counter() - started)
+        """Return the batch of update `step`, on the CPU: read at once, or if that fails, clip by clip."""
+        ids = self.ids(step)
+        if self._deadly.keys().isdisjoint(ids.tolist()):
+            with suppress(WorldlineError, OSError):
+                return self._batch(step, ids, self._clips.read(ids), ())
+        return self.gather(step, [self.read_one(step, clip) for clip in ids.tolist()])
 
-    def _read(self, step: int, ids: np.ndarray) -> tuple[np.ndarray, tuple[Lost, ...]]:
-        """Read all at once; if that fails, one by one, so that only what is broken is lost."""
-        try:
-            return self._clips.read(ids), ()
-        except (WorldlineError, OSError):
-            found = [self._read_one(step, clip) for clip in ids.tolist()]
-        lost = tuple(each for each in found if isinstance(each, Lost))
-        black = np.zeros((self._clips.num_frames, self._clips.image_size, self._clips.image_size, 3), np.uint8)
-        return np.stack([black if isinstance(each, Lost) else each for each in found]), lost
-
-    def _read_one(self, step: int, clip: int) -> np.ndarray | Lost:
+    def read_one(self, step: int, clip: int) -> UInt8[np.ndarray, "t h w 3"] | Lost:
+        """Return one clip of update `step`, or what became of it."""
+        if clip in self._deadly:
+            return Lost(step, clip, DEATHS, self._deadly[clip])
         pause, reason = self._config.pause_s, ""
         for attempt in range(self._config.attempts):
             if attempt:
@@ -110,6 +122,18 @@ class Reader:
             except (WorldlineError, OSError) as error:
                 reason = f"{type(error).__name__}: {error}"
         return Lost(step, clip, self._config.attempts, reason)
+
+    def gather(self, step: int, found: Sequence[np.ndarray | Lost]) -> Batch:
+        """Return the batch of update `step` out of its clips, black in the place of those that are lost."""
+        lost = tuple(each for each in found if isinstance(each, Lost))
+        black = np.zeros((self._clips.num_frames, self._clips.image_size, self._clips.image_size, 3), np.uint8)
+        pictures = np.stack([black if isinstance(each, Lost) else each for each in found])
+        return self._batch(step, self.ids(step), pictures, lost)
+
+    def _batch(self, step: int, ids: np.ndarray, pictures: np.ndarray, lost: tuple[Lost, ...]) -> Batch:
+        clips = torch.from_numpy(self._cut(step, ids, pictures))
+        weight = torch.from_numpy(~np.isin(ids, [each.clip for each in lost])).float()
+        return Batch(step, ids, clips, weight, lost)
 
     def _cut(self, step: int, ids: np.ndarray, pictures: np.ndarray) -> np.ndarray:
         size, room = self._size, pictures.shape[2] - self._size
@@ -124,6 +148,9 @@ class Reader:
 
 class Feed:
     """Iterate over a rank's batches of updates `start` to `stop`; use it in a `with` block.
+
+    In the folder `in_hand` threads note what they read, for `data/deadly.py`; a task of Ray that dies takes no rank
+    with it.
 
     On CUDA, batches are staged in pinned memory and copied on a stream of their own, while the updates before them are
     computed.
@@ -145,19 +172,23 @@ class Feed:
         image_size: int,
         seed: int,
         device: str,
+        deadly: Mapping[int, str] | None = None,
+        in_hand: Path | None = None,
     ) -> None:
         self._device = torch.device(device)
         self._stream = None
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        reader = Reader(clips, order, config, rank=rank, ranks=ranks, image_size=image_size, seed=seed)
-        self._read: Callable[[int], Batch] = reader
+        options: dict[str, Any] = {"rank": rank, "ranks": ranks, "image_size": image_size, "seed": seed}
+        self._reader = Reader(clips, order, config, deadly=deadly, **options)
+        self._read: Callable[[int], Batch] = self._reader
+        self._in_hand = None if in_hand is None or config.by == "ray" else InHand(in_hand, rank)
         self._closing = ExitStack()
         threads = config.threads
         if config.by == "ray":
             from worldline.train.ray_feed import RayReader
 
-            self._read = self._closing.enter_context(closing(RayReader(reader, start, stop, config)))
+            self._read = self._closing.enter_context(closing(RayReader(self._reader, start, stop, config)))
             threads = 1  # it hands out one batch after the other
         self._ahead = self._closing.enter_context(Prefetcher(self._make, start, stop, config.depth, threads))
 
@@ -186,7 +217,8 @@ class Feed:
             yield batch
 
     def _make(self, step: int) -> tuple[Batch, torch.cuda.Event | None]:
-        batch = self._read(step)
+        with self._in_hand.note(step, self._reader.ids(step).tolist()) if self._in_hand else nullcontext():
+            batch = self._read(step)
         if self._stream is None:
             return batch, None
         with torch.cuda.stream(self._stream):
@@ -196,3 +228,19 @@ class Feed:
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
         return batch._replace(clips=clips, weight=weight), copied
+
+
+def know_deadly(run: Path, clips: Clips, ranks: Ranks) -> dict[int, str]:
+    """Try what was in hand when a rank died, each rank its part; return all deadly clips of a run so far, and how."""
+    deadly: dict[int, str] = {}
+    left: list[int] = []
+    if ranks.rank == 0:
+        left = left_in_hand(run / IN_HAND)
+        if (run / DEADLY).exists():
+            deadly = {int(clip): reason for clip, reason in read_json(run / DEADLY).items()}
+    deadly, left = ranks.gather((deadly, left))[0]
+    for found in ranks.gather(find_deadly(clips, left[ranks.rank :: ranks.count])):
+        deadly |= found
+    if ranks.rank == 0 and left:
+        write_json(run / DEADLY, deadly)
+    return deadly

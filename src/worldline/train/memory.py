@@ -161,7 +161,7 @@ def measuring(
 
         def batch(clips: int) -> Batch:
             pictures = torch.zeros((clips, model.frames, model.image_size, model.image_size, 3), dtype=torch.uint8)
-            return Batch(0, np.arange(clips), pictures, torch.ones(clips), lost=(), read_seconds=0.0)
+            return Batch(0, np.arange(clips), pictures, torch.ones(clips), lost=())
 
         learning.update(batch(1))  # the first makes what stays: the optimiser's state
         yield lambda clips: _count_update(learning, batch(clips))

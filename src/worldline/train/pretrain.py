@@ -7,6 +7,7 @@ RUN/run.json            what was asked for, and of which clips
 RUN/metrics.jsonl       loss and gradient, means over `log_every` updates
 RUN/batches.jsonl       a line an update: a hash of the ids that all ranks read for it
 RUN/lost.jsonl          a line for each clip that an update should have seen and could not: which, attempts, reason
+RUN/deadly.json         clips that kill the process that reads them, and are passed over
 RUN/timing.jsonl        speed, and the share of time that updates waited for clips: over ranks and updates, seconds of
                         each rank, and by update (`stalls`) that of the rank that waited longest
 RUN/checkpoints, last   see `shards.py`
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -51,7 +53,7 @@ from worldline.train.checkpoint import (
     record_run,
     truncate_lines,
 )
-from worldline.train.feed import Batch, Feed, FeedConfig, Lost
+from worldline.train.feed import IN_HAND, Batch, Feed, FeedConfig, Lost, know_deadly
 from worldline.train.learner import Learner, LearnerConfig
 from worldline.train.loop import threads
 from worldline.train.masks import MaskConfig, masks, shade
@@ -219,6 +221,7 @@ class Pretraining:
 
     def _train(self) -> None:
         config, total = self.config, self.config.learner.steps
+        deadly = know_deadly(config.path, self.clips, self.ranks)
         seen: list[tuple[Batch, Any, Any, float, float, int]] = []
         with ExitStack() as stack:
             task = None
@@ -236,6 +239,8 @@ class Pretraining:
                     image_size=config.model.image_size,
                     seed=config.seed,
                     device=config.device,
+                    deadly=deadly,
+                    in_hand=config.path / IN_HAND,
                 )
             )
             mark, waited, ready = time.perf_counter(), 0.0, feed.ready
@@ -332,6 +337,7 @@ class Pretraining:
         weights = get_model_state_dict(self.learner.kept_encoder, options=options)  # all ranks take part
         if self.ranks.rank == 0:
             run, config = self.config.path, self.config.to_json()
+            shutil.rmtree(run / IN_HAND, ignore_errors=True)
             card = {"step": self.step, "data": self.clips.fingerprint, "config": config, "provenance": provenance()}
             save_encoder(run, self.config.model, weights, card)
             lines = (run / LOST).read_text().splitlines() if (run / LOST).exists() else []

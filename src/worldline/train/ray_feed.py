@@ -2,8 +2,10 @@
 
 Each rank runs datasets of its own, whose rows are the numbers of the updates from where it begins, a block each: each
 is a task that runs anywhere in the cluster and calls the very `Reader` that a thread would call. Ray Data hands results
-out in the order of the rows (`preserve_order`), and does a task again whose process has died. There is no split of one
-dataset among ranks: which clips are whose is for `Order.share` to say, for any number of them.
+out in the order of the rows (`preserve_order`), does a task again whose process has died, and leaves out the row of one
+that has died `attempts` times: that update is then read clip by clip, a task each, and a clip whose task dies as often
+is lost. There is no split of one dataset among ranks: which clips are whose is for `Order.share` to say, for any number
+of them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 
 from worldline.core.errors import WorldlineError
-from worldline.train.feed import Batch, FeedConfig, Reader
+from worldline.train.feed import Batch, FeedConfig, Lost, Reader
 
 _ROWS = 1000
 """Of one dataset, which Ray holds a block and a task for each of."""
@@ -38,17 +40,42 @@ class RayReader:
         if not ray.is_initialized():
             raise WorldlineError("feed.by=ray reads on the Ray cluster that trains; give ray.workers=N with it")
         pickler: Any = ray.cloudpickle
-        self._rows = _rows(pickler.dumps(reader), reader.batch_bytes, start, stop, config)
+        self._reader, self._pickled, self._attempts = reader, pickler.dumps(reader), config.attempts
+        self._rows = _rows(self._pickled, reader.batch_bytes, start, stop, config)
+        self._next: Batch | None = None
 
     def __call__(self, step: int) -> Batch:
-        row = next(self._rows)
-        batch: Batch = pickle.loads(row["batch"][0])
+        if self._next is None and (row := next(self._rows, None)) is not None:
+            told: Batch = pickle.loads(row["batch"][0])
+            self._next = told._replace(clips=torch.from_numpy(row["clips"][0].copy()))  # out of memory that Ray shares
+        if self._next is None or self._next.step > step:
+            return self._one_by_one(step)
+        batch, self._next = self._next, None
         assert batch.step == step, f"Ray Data gave update {batch.step} in the place of {step}"
-        return batch._replace(clips=torch.from_numpy(row["clips"][0].copy()))  # out of memory that Ray shares
+        return batch
 
     def close(self) -> None:
         """Stop reading ahead."""
         self._rows.close()
+
+    def _one_by_one(self, step: int) -> Batch:
+        """Read a batch whose task has died again and again."""
+        import ray
+
+        make: Any = ray.remote(num_cpus=1, max_retries=self._attempts - 1, scheduling_strategy="DEFAULT")
+        read, ids = make(_read_one), self._reader.ids(step).tolist()
+        tasks = [read.remote(self._pickled, step, clip) for clip in ids]
+        found = [self._outcome(task, step, clip) for task, clip in zip(tasks, ids, strict=True)]
+        return self._reader.gather(step, found)
+
+    def _outcome(self, task: Any, step: int, clip: int) -> np.ndarray | Lost:
+        import ray
+
+        try:
+            found: np.ndarray | Lost = ray.get(task)
+            return found
+        except ray.exceptions.WorkerCrashedError:
+            return Lost(step, clip, self._attempts, "every process that read it died")
 
 
 def _rows(
@@ -59,6 +86,7 @@ def _rows(
     do: Any = _read  # Ray's types leave `fn_args` out
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.max_errored_blocks = -1  # `RayReader` sees which are missing
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources(
         object_store_memory=_AHEAD * (config.depth + config.threads) * batch_bytes
@@ -70,6 +98,7 @@ def _rows(
             fn_args=(reader,),
             batch_size=1,
             num_cpus=1,
+            max_retries=config.attempts - 1,
             compute=ray.data.TaskPoolStrategy(size=config.threads),
         )
         yield from made.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=config.depth)
@@ -79,6 +108,10 @@ def _read(row: dict[str, np.ndarray], reader: bytes) -> dict[str, np.ndarray]:
     batch = _opened(reader)(int(row["step"][0]))
     told = pickle.dumps(batch._replace(clips=torch.empty(0)))
     return {"clips": batch.clips.numpy()[None], "batch": np.array([told], dtype=object)}
+
+
+def _read_one(reader: bytes, step: int, clip: int) -> np.ndarray | Lost:
+    return _opened(reader).read_one(step, clip)
 
 
 @lru_cache(maxsize=1)
