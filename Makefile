@@ -1,6 +1,7 @@
 # make demo    set-up with what running needs, then the shipped world; the address is printed
 # make setup   .venv with everything, development tools too
-# make test    set-up, linter, types, every test
+# make test    set-up, linter, types, every test but those of make test-ray
+# make test-ray  the tests that start clusters of Ray and kill parts of them, some 10 minutes
 # make bench   the timings, written to reports/
 # make readme  the figures of README.md, docs/phases, the model card and the roadmap again, from the reports
 #
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 RUN_STAMP := $(VENV)/.worldline-run
 DEV_STAMP := $(VENV)/.worldline-dev
 
-.PHONY: demo setup test bench readme debian clean
+.PHONY: demo setup test test-ray bench readme debian clean
 
 demo: $(RUN_STAMP)
 	$(BIN)/worldline play port=$(PORT)
@@ -34,7 +35,10 @@ test: $(DEV_STAMP) debian
 	find src/worldline/tinyengine -name '*pp' -exec $(BIN)/clang-format --dry-run --Werror {} +
 	$(BIN)/clang-tidy --quiet $$(find src/worldline/tinyengine -name '*.cpp' ! -name startup.cpp) -- \
 		-std=c++17 -fno-exceptions -fno-rtti -I src/worldline/tinyengine/firmware/host -DTINYENGINE_SCALAR
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not ray"
+
+test-ray: $(DEV_STAMP)
+	$(BIN)/python -m pytest -m ray
 
 bench: $(DEV_STAMP)
 	$(BIN)/worldline bench

@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).parent / "ray_process.py"
 # Ray would let everything else on the machine go before its workers
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.ray,
     pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install -c constraints.txt 'worldline[ray]'"),
 ]
 
