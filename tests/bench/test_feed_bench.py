@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from worldline.bench import stall
 from worldline.bench.feed import FeedBenchConfig, cpu_seconds, measure, render
 from worldline.data.clips import Record
 
@@ -40,3 +41,16 @@ def test_threads_and_processes_give_the_same_batches() -> None:
     text = render({**result, "timing": {"raw": rows}})
     assert text.startswith("# Who reads ahead: CPU time beside one thread; raw: 1 process 2.50\n")
     assert "| 2.50 (2.00 to 3.00) |" in text
+    row = {"training": "t", "updates": 4, "step_ms": 5.0, "overall": 0.0213, "p50": 0.0, "p95": 0.1, "max": 0.2}
+    text = render({**result, "timing": {"raw": rows, "stall": [{**row, "kept": False}]}})
+    assert "; training on PushT waits 2.1% of its time at most\n" in text
+    assert "| t | 4 | 5 | 2.13% | 0.00% | 10.00% | 20.00% | no |" in text
+
+
+def test_what_training_waits_is_judged_by_all_of_its_time() -> None:
+    """Nine updates of 10 ms that wait for nothing, and one of 110 ms that waited 50."""
+    lines = [{"updates_per_second": 100.0, "loader_share": 0.0}] * 9
+    found = stall.sum_up([{"updates_per_second": 1 / 0.11, "loader_share": 5 / 11}, *lines])
+    assert found["overall"] == pytest.approx(0.05 / 0.2)
+    assert (found["updates"], found["step_ms"], found["p50"]) == (10, pytest.approx(10), 0.0)
+    assert 0 < found["p95"] < found["max"] == pytest.approx(5 / 11)

@@ -1,4 +1,7 @@
-"""Who reads ahead of training: threads of its process, processes of their own, or tasks of Ray Data, in turns."""
+"""Who reads ahead of training: threads of its process, processes of their own, or tasks of Ray Data, in turns.
+
+Also what training then waits for them (`stall.py`).
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from worldline.bench import stall
 from worldline.bench.harness import median_interval
 from worldline.core.errors import WorldlineError, require_at_least
 from worldline.core.files import read_json, write_bytes
@@ -52,11 +56,13 @@ class FeedBenchConfig:
     """Threads, or processes, at most; one alone is measured too."""
     ray: bool = True
     """Also Ray Data, one task at a time, where Ray is installed."""
+    updates: int = 200
+    """Updates of each training on PushT whose waiting is measured; 0 is none."""
     reports: str = "reports"
     """Where `DATE-feed/` is written."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, {"episodes": 2, "batch": 1, "batches": 2, "rounds": 3, "workers": 1})
+        require_at_least(self, {"episodes": 2, "batch": 1, "batches": 2, "rounds": 3, "workers": 1, "updates": 0})
 
 
 Way = Callable[[int, int], Iterator[Batch]]
@@ -72,21 +78,26 @@ def run(config: FeedBenchConfig) -> Path:
     if not Path("/proc/self/stat").exists():
         raise WorldlineError("the CPU time of processes is read from /proc, which is not here; run this on Linux")
     with tempfile.TemporaryDirectory() as folder:
-        data = collect(
-            CollectConfig(
-                env=_ENV,
-                path=f"{folder}/data",
-                episodes=config.episodes,
-                steps=_EPISODE,
-                image_size=config.image_size,
-                workers=1,
+        data, small = (
+            collect(
+                CollectConfig(
+                    env=_ENV,
+                    path=f"{folder}/data{size}",
+                    episodes=config.episodes,
+                    steps=_EPISODE,
+                    image_size=size,
+                    workers=1,
+                )
             )
+            for size in (config.image_size, 64)
         )
-        found = {}
+        found: dict[str, Any] = {}
         for codec in ("raw", "jpeg"):
             options: dict[str, Any] = {"num_frames": _NUM_FRAMES, "stride": 1, "image_size": config.image_size}
             path = ingest(IngestConfig(source=str(data), path=f"{folder}/{codec}", codec=codec, workers=1, **options))
             found[codec] = measure(open_clips(path), config)
+        if config.updates:
+            found["stall"] = stall.measure(small, Path(folder), config.updates)
     figures = {name: getattr(config, name) for name in ("image_size", "batch", "batches", "rounds")}
     target = Path(config.reports) / f"{date.today():%Y-%m-%d}-feed"
     write_result(target / "result.json", "bench-feed", {**figures, "num_frames": _NUM_FRAMES}, found)
@@ -226,16 +237,17 @@ def render(result: dict[str, Any]) -> str:
     """Write the report."""
     made, timing = result["provenance"], result["timing"]
     lines = []
-    for codec, rows in timing.items():
+    for codec in (name for name in timing if name != "stall"):
         head = "| who reads | CPU ms a clip | beside 1 thread | ms a clip on the clock | beside 1 thread |"
         lines += ["", f"`{codec}` clips:", "", head, "|---|---|---|---|---|"]
-        for row in rows:
+        for row in timing[codec]:
             cells = [row["name"]]
             for measured in ("cpu", "wall"):
                 low, middle, high = row[f"{measured}_ms_a_clip"]
                 ratio, least, most = row[f"{measured}_ratio"]
                 cells += [f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{ratio:.2f} ({least:.2f} to {most:.2f})"]
             lines.append(f"| {' | '.join(cells)} |")
+    lines += stall.render(timing["stall"]) if "stall" in timing else []
     return "\n".join(
         [
             f"# {_headline(timing)}",
@@ -244,7 +256,7 @@ def render(result: dict[str, Any]) -> str:
             f"{result['batches']} batches a turn, of which the first quarter is not counted, {result['rounds']} turns, "
             "the same batches every way (compared). "
             "Medians with quartiles; ratios are medians over turns with their 95% interval. CPU time is of all "
-            "processes that take part, Ray's own among them. Nothing is trained meanwhile. Processes are those of "
+            "processes that take part, Ray's own among them. Nothing is trained in these turns. Processes are those of "
             "torch's DataLoader and hand batches over in shared memory; Ray Data had turns with a thread of its own.",
             *lines,
             "",
@@ -260,8 +272,12 @@ def render(result: dict[str, Any]) -> str:
 
 def _headline(timing: dict[str, Any]) -> str:
     parts = []
-    for codec, rows in timing.items():
-        ratios = {row["name"]: row["cpu_ratio"][0] for row in rows}
+    for codec in (name for name in timing if name != "stall"):
+        ratios = {row["name"]: row["cpu_ratio"][0] for row in timing[codec]}
         told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if name.startswith(("1 p", "Ray")))
         parts.append(f"{codec}: {told}")
+    if "stall" in timing:
+        parts.append(
+            f"training on PushT waits {max(row['overall'] for row in timing['stall']):.1%} of its time at most"
+        )
     return f"Who reads ahead: CPU time beside one thread; {'; '.join(parts)}"
