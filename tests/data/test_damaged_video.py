@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from video_zoo import good_files
+import pytest
+from video_zoo import encode, good_files, pictures
 
 from worldline.core.errors import WorldlineError
 from worldline.data.clips import Clips, open_clips
@@ -66,3 +67,50 @@ def test_a_reader_knows_one_error_for_any_bytes(tmp_path: Path) -> None:
     for name, content in good_files().items():
         (source / name).write_bytes(content)
     assert np.array_equal(clips.read(everything), whole)
+
+
+@pytest.mark.parametrize("codec", ["h264", "source"])
+def test_bytes_are_compared_when_a_video_is_first_read(codec: str, tmp_path: Path) -> None:
+    """Pictures that differ and would be decoded without complaint."""
+    source, path = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (source / name).write_bytes(encode(pictures(seed=1), codec="mpeg4"))
+    (source / "short.mp4").write_bytes(encode(pictures(3)))
+    ingest(IngestConfig(source=str(source), path=str(path), codec=codec, layout="video", **SMALL))
+    videos = sorted((path / "videos").rglob("*.mp4")) if codec == "h264" else sorted(source.glob("?.mp4"))
+    assert len(videos) == 2  # nothing is kept of the one that is too short
+    assert [row["reason"] for row in read_ledger(path)] == ["too_short"]
+    clips, content = open_clips(path), videos[1].read_bytes()
+    in_b = clips.num_clips - 1
+    whole = clips.read(np.array([0, in_b]))
+    videos[1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    clips = open_clips(path)
+    assert np.array_equal(clips.read(np.array([0])), whole[:1])
+    with pytest.raises(WorldlineError, match=r"not as it was when ingested \(damaged: its bytes are others\)"):
+        clips.read(np.array([0, in_b]))
+    videos[1].unlink()
+    with pytest.raises(WorldlineError, match=r"not as it was when ingested \(missing: \)"):
+        clips.read(np.array([in_b]))
+    videos[1].write_bytes(content)
+    assert np.array_equal(clips.read(np.array([0, in_b])), whole)
+
+
+@pytest.mark.parametrize("codec", ["raw", "source"])
+@pytest.mark.parametrize("name", ["index.npy", "episodes.parquet"])
+def test_a_table_that_is_missing_or_nonsense_is_told(codec: str, name: str, tmp_path: Path) -> None:
+    source, path = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    (source / "a.mp4").write_bytes(encode(pictures()))
+    ingest(IngestConfig(source=str(source), path=str(path), codec=codec, **SMALL))
+
+    def opened() -> None:
+        open_clips(path).record()
+
+    content = (path / name).read_bytes()
+    for told, new in (("not a", b"nonsense"), ("not a", b""), ("not a", content[:-20]), ("missing", None)):
+        (path / name).unlink() if new is None else (path / name).write_bytes(new)
+        with pytest.raises(WorldlineError, match=rf"{name}: {told}.*; copy the clips again"):
+            opened()
+    (path / name).write_bytes(content)
+    opened()

@@ -31,7 +31,7 @@ from PIL import Image
 
 from worldline.core.errors import WorldlineError
 from worldline.core.files import atomic_path
-from worldline.data.clips import Record, check_ids, read_record
+from worldline.data.clips import Record, check_ids, load_array, read_record
 
 INDEX = np.dtype([("offset", "<u4"), ("size", "<u4"), ("crc", "<u4")])
 """12 bytes a clip, all that a reader holds of it."""
@@ -128,8 +128,8 @@ class CachedClips:
         self.num_clips, self.fingerprint = int(card["num_clips"]), str(card["fingerprint"])
         self.num_frames, self.image_size = int(card["num_frames"]), int(card["image_size"])
         self._raw = card["codec"] == "raw"
-        self._index = _load(path / "index.npy", "r")
-        self._firsts = _load(path / "shards.npy", None)
+        self._index = load_array(path / "index.npy", mapped=True)
+        self._firsts = load_array(path / "shards.npy", mapped=False)
         if len(self._index) != self.num_clips or self._firsts[-1] != self.num_clips:
             raise WorldlineError(f"{path}: index and card tell of different numbers of clips; copy it again")
         self._verified = np.zeros(-(-self.num_clips // 8), dtype=np.uint8)
@@ -226,12 +226,3 @@ class _File:
     def __del__(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
-
-
-def _load(path: Path, mode: Any) -> np.ndarray:
-    try:
-        return np.asarray(np.load(path, mmap_mode=mode))
-    except FileNotFoundError:
-        raise WorldlineError(f"{path}: missing; copy the clips again") from None
-    except ValueError as error:
-        raise WorldlineError(f"{path}: not an index ({error}); copy the clips again") from None

@@ -6,19 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Int64, UInt8
 
 from worldline.core.errors import WorldlineError
-from worldline.data.clips import Record, check_ids, read_record
-from worldline.data.footage import Fit, Unusable, VideoFootage
+from worldline.core.files import sha256_file
+from worldline.data.clips import Record, check_ids, load_array, read_record, read_table
+from worldline.data.footage import Fit, Unusable, VideoFootage, check_file
 from worldline.data.sources import as_on_disk
+
+
+def video_path(root: Path, item: int) -> Path:
+    """Return where an entry's video lies that was encoded again."""
+    return root / "videos" / f"{item // 1000:06d}" / f"{item % 1000:03d}.mp4"
 
 
 class VideoClips:
     """What `worldline ingest codec=source` or `codec=h264` wrote: a time stamp of each clip's first frame.
 
-    Memory holds 8 bytes a clip, mapped from the file, and about 100 bytes a video.
+    Memory holds 8 bytes a clip, mapped from the file, and about 150 bytes a video.
     """
 
     def __init__(self, path: Path, card: dict[str, Any]) -> None:
@@ -27,17 +32,24 @@ class VideoClips:
         self.num_frames, self.image_size = int(card["num_frames"]), int(card["image_size"])
         self._stride = int(card["stride"])
         self._hop = int(card["ingest"]["hop"] or self.num_frames * self._stride)
-        self._stamps = np.asarray(np.load(path / "index.npy", mmap_mode="r"))
-        columns = ["first_clip", "item", "seekable", "size_bytes", "path"]
-        table = pq.read_table(path / "episodes.parquet", columns=columns)
+        self._stamps = load_array(path / "index.npy", mapped=True)
+        columns = ["first_clip", "item", "seekable", "size_bytes", "path", "sha256"]
+        table = read_table(path / "episodes.parquet", columns)
         self._firsts, self._items, self._seekable, self._sizes = (table[name].to_numpy() for name in columns[:4])
         self._paths = table["path"]
+        if len(self._stamps) != self.num_clips:
+            raise WorldlineError(f"{path}: index and card tell of different numbers of clips; copy it again")
+        digests = table["sha256"].to_pylist()
+        if card["codec"] == "h264":  # of what lies here, and not of its source
+            digests = [card["files"][video_path(Path(), item).as_posix()] for item in self._items.tolist()]
+        self._digests = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
+        self._verified = np.zeros(len(table), dtype=bool)
 
     def __reduce__(self) -> tuple[type[VideoClips], tuple[Path, dict[str, Any]]]:
         return VideoClips, (self.path.absolute(), self.card)
 
     def read(self, ids: Int64[np.ndarray, " b"]) -> UInt8[np.ndarray, "b t h w 3"]:
-        """Return clips.
+        """Return clips; the bytes of each video are compared with their checksum when first read.
 
         Raises:
             WorldlineError: no such clip, or its video is missing, damaged, or not the one that was ingested.
@@ -47,9 +59,10 @@ class VideoClips:
         clips = np.empty((len(ids), self.num_frames, size, size, 3), dtype=np.uint8)
         episodes = np.searchsorted(self._firsts, ids, side="right") - 1
         for row, (clip, episode) in enumerate(zip(ids.tolist(), episodes.tolist(), strict=True)):
-            path = self._video(episode)
+            path = self._path_of(episode)
             start = (clip - int(self._firsts[episode])) * self._hop
             try:
+                self._verify(episode, path)
                 found = self._seekable[episode] and self._read_from(path, int(self._stamps[clip]), clips[row], fit)
                 if not found and not self._read_counting(path, start, clips[row], fit):
                     raise Unusable("truncated", f"clip {clip} begins at frame {start}")
@@ -60,18 +73,27 @@ class VideoClips:
     def record(self) -> Record:
         return read_record(self.path)
 
-    def _video(self, episode: int) -> Path:
+    def _path_of(self, episode: int) -> Path:
         if self.card["codec"] == "h264":
-            from worldline.data.shard_work import video_path
-
             return video_path(self.path, int(self._items[episode]))
         told = str(self._paths[episode].as_py())
         path = Path(self.card["root"]) / told
-        if not path.exists():
-            path = Path(self.card["root"]) / as_on_disk(told)
-        if path.exists() and path.stat().st_size != self._sizes[episode]:
-            raise WorldlineError(f"{path}: its size is not what it was when ingested; ingest again")
-        return path
+        return path if path.exists() else Path(self.card["root"]) / as_on_disk(told)
+
+    def _verify(self, episode: int, path: Path) -> None:
+        """Compare a video's bytes with their checksum, once."""
+        if self._verified[episode]:
+            return
+        check_file(path)
+        if self.card["codec"] == "source" and (size := path.stat().st_size) != self._sizes[episode]:
+            raise Unusable("damaged", f"{size} bytes in the place of {self._sizes[episode]}")
+        try:
+            digest = sha256_file(path)
+        except OSError as error:
+            raise Unusable("unreadable", error.strerror or "") from None
+        if digest != self._digests[episode].tobytes().hex():
+            raise Unusable("damaged", "its bytes are others")
+        self._verified[episode] = True
 
     def _read_from(self, path: Path, stamp: int, clip: UInt8[np.ndarray, "t h w 3"], fit: Fit) -> bool:
         """Read from the key frame before a time stamp on; say whether that led to the frame with this very stamp."""

@@ -102,12 +102,30 @@ def read_record(path: Path) -> Record:
     columns = {"episodes": [*entry, "first_clip"], "ledger": [*entry, "reason", "detail", "clips_kept", "clips_lost"]}
     tables = {}
     for name, wanted in columns.items():
-        try:
-            table = pq.read_table(path / f"{name}.parquet", columns=wanted)
-        except FileNotFoundError:
-            raise WorldlineError(f"{path / name}.parquet: missing; copy the clips again") from None
+        table = read_table(path / f"{name}.parquet", wanted)
         tables[name] = table.append_column("data", pa.repeat(str(path), len(table)))
     return Record(**tables)
+
+
+def read_table(path: Path, columns: list[str]) -> pa.Table:
+    """Read columns of a table that ingest wrote."""
+    try:
+        return pq.read_table(path, columns=columns)
+    except FileNotFoundError:
+        raise WorldlineError(f"{path}: missing; copy the clips again") from None
+    except (OSError, pa.ArrowException) as error:
+        told = " ".join(str(error).split())
+        raise WorldlineError(f"{path}: not a table ({told}); copy the clips again") from None
+
+
+def load_array(path: Path, mapped: bool) -> np.ndarray:
+    """Load an index that ingest wrote, or map it into memory."""
+    try:
+        return np.asarray(np.load(path, mmap_mode="r" if mapped else None))
+    except FileNotFoundError:
+        raise WorldlineError(f"{path}: missing; copy the clips again") from None
+    except (ValueError, EOFError) as error:
+        raise WorldlineError(f"{path}: not an index ({error}); copy the clips again") from None
 
 
 def check_ids(ids: Int64[np.ndarray, " b"], num_clips: int, what: object) -> None:

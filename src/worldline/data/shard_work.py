@@ -20,6 +20,7 @@ from jaxtyping import Float64, UInt8
 from worldline.core.errors import WorldlineError
 from worldline.core.files import atomic_path, read_json, sha256_file, write_json
 from worldline.data.clip_cache import ShardWriter, encode_frame, pack, shard_path
+from worldline.data.clip_videos import video_path
 from worldline.data.clips import IN_TABLES
 from worldline.data.footage import ArrayFootage, Fit, Footage, Unusable, VideoFootage, check_file
 from worldline.data.sources import Entry
@@ -37,10 +38,6 @@ def plan_path(root: Path, shard: int) -> Path:
 def notes_path(root: Path, shard: int) -> Path:
     """Return where a finished shard's rows of all tables are; while it is not there, the shard is not finished."""
     return root / "notes" / f"{shard // 1000:03d}" / f"{shard % 1000:03d}.json"
-
-
-def video_path(root: Path, item: int) -> Path:
-    return root / "videos" / f"{item // 1000:06d}" / f"{item % 1000:03d}.mp4"
 
 
 def num_clips(num_frames: int, options: dict[str, Any]) -> int:
@@ -288,7 +285,7 @@ class _VideoSink(_Sink):
         self._begun.append(index if self._path is not None else stamp)
 
     def finish(self) -> int:
-        if self._output is not None:
+        if self._output is not None and (video := self._path) is not None:
             self._output.mux(self._stream.encode())
             unit = self._stream.time_base  # as the container has it, now that it is written
             self._output.close()
@@ -296,6 +293,8 @@ class _VideoSink(_Sink):
             step = round(self._unit / unit)
             self._begun = [index * step for index in self._begun]
             self._output = None
+            if not self._clips:
+                video.unlink()
         self.stamps = self._begun[: self._clips]
         return self._clips
 
