@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -112,8 +114,33 @@ def test_a_factor_the_encoder_lost_earns_nothing_and_cannot_hide() -> None:
     assert result.factors[0].scored.any()
     assert result.hri[10] is not None
     assert result.hri[10].value == 0.0
-    assert (result.horizon.steps < 5, result.horizon.ended_by) == (True, "point")
+    assert (result.horizon.steps, result.horizon.ended_by) == (0, "point")
     assert result.invalid is not None
+
+
+def test_a_lost_factor_that_stands_still_counts_too() -> None:
+    """A target that never moves is no step's question, but who forgets it has forgotten it."""
+    episodes, truth, rng = walk()
+    still = np.repeat(rng.normal(size=(len(truth), 1, 2)), truth.shape[1], axis=1)
+    given, mark = forecasts(episodes, truth, truth), Factor(name="mark", columns=(2, 3))
+    parts = {key: {**getattr(given, key), "mark": still} for key in ("truth", "real", "model", "swapped")}
+    both = replace(
+        given,
+        **parts,
+        naive={"persistence": {**given.naive["persistence"], "mark": still}},
+        mean={**given.mean, "mark": np.zeros(2)},
+    )
+    ranks = {name: np.full(len(episodes), 0.9) for name in ("point", "mark")}
+
+    def judged(limits: FactorLimits) -> Reliability:
+        return score(both, (POINT, mark), {"point": LIMITS, "mark": limits}, ranks, draws=200, seed=3)
+
+    kept, lost = judged(LIMITS), judged(replace(LIMITS, probe_r2=0.47))
+    assert kept.hri[10] is not None
+    assert lost.hri[10] is not None
+    assert lost.hri[10].value == pytest.approx(kept.hri[10].value / 2)
+    assert kept.horizon.censored
+    assert (lost.horizon.steps, lost.horizon.ended_by) == (0, "mark")
 
 
 def test_an_invisible_factor_is_excluded_with_the_reason() -> None:

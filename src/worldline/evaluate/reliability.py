@@ -259,6 +259,8 @@ class _FactorDraws:
         counted[:, ~asked] = False
         self.num_moved = self.moved.sum(axis=0)
         self.scored = asked & (self.num_moved >= MIN_MOVED_WINDOWS)
+        if not limits.encoded:  # G1: what the encoder lost counts with 0 whether it moved or not
+            self.scored = asked & (np.arange(len(asked)) > 0)
 
         def sums(forecast: Forecast) -> np.ndarray:
             return bootstrap.sums(loss(forecast[name], truth) * counted)
