@@ -13,6 +13,7 @@ CONFIGS = {
     "conv-gru": TINY,
     "conv-gru-normalised": replace(TINY, projection="normalise"),
     "conv-gru-quantised": replace(TINY, projection="quantise", levels=9),
+    "conv-gru-window": replace(TINY, predictor="gru_window"),
     "vit-transformer": WorldConfig(
         image_size=32,
         latent_dim=24,
@@ -96,11 +97,26 @@ def test_begin_is_the_fold_of_step_and_observe(world: World) -> None:
 
 
 def test_teacher_forcing_in_one_go_equals_step_and_observe(world: World) -> None:
-    z, actions = some(world)  # 12 steps, beyond the transformer's window of 5
+    z, actions = some(world)  # 12 steps, beyond every window
     at_once = world.teacher_forced(z, actions)
     for i in range(z.shape[1]):
         state = world.begin(z[:, : i + 1], actions[:, :i])
         torch.testing.assert_close(world.step(state, actions[:, i]).z, at_once[:, i], rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_forgets_what_lies_before_it() -> None:
+    """And within it, it is the GRU."""
+    world = make_world("conv-gru-window")
+    z, actions = some(world)
+    context = world.config.context
+    begun = [world.begin(z[:, first:], actions[:, first:-1]) for first in (0, 12 - context)]
+    first, short = (world.step(state, actions[:, -1]).z for state in begun)
+    assert torch.equal(first, short)
+    plain = make_world("conv-gru")
+    plain.predictor.load_state_dict(world.predictor.gru.state_dict())
+    assert torch.equal(plain.teacher_forced(z, actions)[:, :context], world.teacher_forced(z, actions)[:, :context])
+    carried = plain.step(plain.begin(z, actions[:, :-1]), actions[:, -1]).z
+    assert (carried - first).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("projection", ["normalise", "quantise"])

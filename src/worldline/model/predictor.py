@@ -55,35 +55,36 @@ class GRUPredictor(nn.Module):
         h = self.cell(x, memory[0])
         return z + self.out(torch.cat((h, x), dim=-1)), (h,)
 
-    def teacher_forced(self, z: Float[Tensor, "b t d"], actions: Float[Tensor, "b t a"]) -> Float[Tensor, "b t d"]:
+    def teacher_forced(
+        self,
+        z: Float[Tensor, "b t d"],
+        actions: Float[Tensor, "b t a"],
+        valid: Bool[Tensor, "b t"] | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """Predict each next latent; steps that are not `valid` leave no trace in the memory."""
         x = self.embed(torch.cat((z, actions), dim=-1))  # (b, t, e)
         (h,) = self.initial(len(z))
         hs = []
-        for x_t in x.unbind(1):
-            h = self.cell(x_t, h)
+        for i, x_t in enumerate(x.unbind(1)):
+            h_next = self.cell(x_t, h)
+            h = h_next if valid is None else torch.where(valid[:, i, None], h_next, h)
             hs.append(h)
         change: Tensor = self.out(torch.cat((torch.stack(hs, dim=1), x), dim=-1))
         return z + change
 
 
-class TransformerPredictor(nn.Module):
-    """A causal transformer over the last `window` latents, each block conditioned on the actions (AdaLN-zero).
+class _WindowPredictor(nn.Module):
+    """A predictor that sees the last `window` latents and actions, and begins anew from them at every step.
 
     Memory: past latents (b, k-1, d), past actions (b, k-1, a), and which of them are real (b, k-1), newest last.
     """
 
-    def __init__(self, *, latent_dim: int, action_dim: int, width: int, depth: int, heads: int, window: int) -> None:
+    def __init__(self, *, latent_dim: int, action_dim: int, window: int) -> None:
         super().__init__()
         self._latent_dim, self._action_dim, self._window = latent_dim, action_dim, window
-        self.embed = nn.Linear(latent_dim, width)
-        self.embed_action = nn.Sequential(nn.Linear(action_dim, width), nn.SiLU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList(ConditionedBlock(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, latent_dim)
-        _start_still(self.out)
 
     def initial(self, batch: int) -> Memory:
-        past, like = self._window - 1, self.out.weight
+        past, like = self._window - 1, next(self.parameters())
         return (
             like.new_zeros(batch, past, self._latent_dim),
             like.new_zeros(batch, past, self._action_dim),
@@ -114,6 +115,37 @@ class TransformerPredictor(nn.Module):
         self, z: Float[Tensor, "b n d"], actions: Float[Tensor, "b n a"], valid: Bool[Tensor, "b n"]
     ) -> Float[Tensor, "b n d"]:
         """Predict the successor of every token from it and the valid ones before it."""
+        raise NotImplementedError
+
+
+class WindowedGRUPredictor(_WindowPredictor):
+    """The GRU, as it is trained on short windows: never with a memory older than `window` steps."""
+
+    def __init__(self, *, latent_dim: int, action_dim: int, hidden: int, window: int) -> None:
+        super().__init__(latent_dim=latent_dim, action_dim=action_dim, window=window)
+        self.gru = GRUPredictor(latent_dim=latent_dim, action_dim=action_dim, hidden=hidden)
+
+    def _predict(
+        self, z: Float[Tensor, "b n d"], actions: Float[Tensor, "b n a"], valid: Bool[Tensor, "b n"]
+    ) -> Float[Tensor, "b n d"]:
+        return self.gru.teacher_forced(z, actions, valid)
+
+
+class TransformerPredictor(_WindowPredictor):
+    """A causal transformer over the last `window` latents, each block conditioned on the actions (AdaLN-zero)."""
+
+    def __init__(self, *, latent_dim: int, action_dim: int, width: int, depth: int, heads: int, window: int) -> None:
+        super().__init__(latent_dim=latent_dim, action_dim=action_dim, window=window)
+        self.embed = nn.Linear(latent_dim, width)
+        self.embed_action = nn.Sequential(nn.Linear(action_dim, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(ConditionedBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, latent_dim)
+        _start_still(self.out)
+
+    def _predict(
+        self, z: Float[Tensor, "b n d"], actions: Float[Tensor, "b n a"], valid: Bool[Tensor, "b n"]
+    ) -> Float[Tensor, "b n d"]:
         n = z.shape[1]
         causal = torch.ones(n, n, dtype=torch.bool, device=z.device).tril()
         itself = torch.eye(n, dtype=torch.bool, device=z.device)  # a row without any key would be NaN

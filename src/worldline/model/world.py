@@ -19,7 +19,7 @@ from worldline.model.conv import ConvEncoder
 from worldline.model.decoder import ConvDecoder
 from worldline.model.estimator import Estimate, Track
 from worldline.model.gauge import Gauge
-from worldline.model.predictor import GRUPredictor, TransformerPredictor
+from worldline.model.predictor import GRUPredictor, TransformerPredictor, WindowedGRUPredictor
 from worldline.model.video import PictureEncoder, VideoConfig
 from worldline.model.vit import ViTEncoder
 
@@ -62,7 +62,9 @@ class WorldConfig:
     vit_tubelet: int = 2
     """Frames of a tubelet (encoder=video only)."""
 
-    predictor: Literal["gru", "transformer"] = "gru"
+    predictor: Literal["gru", "gru_window", "transformer"] = "gru"
+    """`gru` carries its memory on for ever; `gru_window` begins anew from the last `context` latents at every step, for
+    recipes that never train it on more."""
     hidden: int = 448
     """Width of the GRU and of the maps around it."""
     window: int = 8
@@ -80,9 +82,10 @@ class WorldConfig:
     def __post_init__(self) -> None:
         if self.image_size % 16 or self.image_size <= 0:
             raise WorldlineError(f"image_size must be a positive multiple of 16, got {self.image_size}")
-        if self.encoder not in ("conv", "vit", "video") or self.predictor not in ("gru", "transformer"):
+        predictors = ("gru", "gru_window", "transformer")
+        if self.encoder not in ("conv", "vit", "video") or self.predictor not in predictors:
             raise WorldlineError(
-                "encoder must be conv, vit or video, predictor gru or transformer, got "
+                "encoder must be conv, vit or video, predictor gru, gru_window or transformer, got "
                 f"{self.encoder!r}, {self.predictor!r}"
             )
         if self.projection not in ("none", "normalise", "quantise") or self.levels < 2:
@@ -299,12 +302,14 @@ def _make_encoder(config: WorldConfig) -> nn.Module:
     )
 
 
-def _make_predictor(config: WorldConfig, action_dim: int) -> GRUPredictor | TransformerPredictor:
+def _make_predictor(config: WorldConfig, action_dim: int) -> GRUPredictor | WindowedGRUPredictor | TransformerPredictor:
+    sizes = {"latent_dim": config.latent_dim, "action_dim": action_dim}
     if config.predictor == "gru":
-        return GRUPredictor(latent_dim=config.latent_dim, action_dim=action_dim, hidden=config.hidden)
+        return GRUPredictor(**sizes, hidden=config.hidden)
+    if config.predictor == "gru_window":
+        return WindowedGRUPredictor(**sizes, hidden=config.hidden, window=config.context)
     return TransformerPredictor(
-        latent_dim=config.latent_dim,
-        action_dim=action_dim,
+        **sizes,
         width=config.transformer_width,
         depth=config.transformer_depth,
         heads=config.transformer_heads,
