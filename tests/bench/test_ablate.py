@@ -10,6 +10,7 @@ import pytest
 
 from worldline.bench.ablate import AblateConfig, run
 from worldline.bench.ablate_bars import judge
+from worldline.bench.ablate_report import summarise
 from worldline.core.errors import WorldlineError
 from worldline.core.files import read_json
 
@@ -27,6 +28,7 @@ GRID = AblateConfig(
     workers=2,
     publish="docs/published.md",
     evaluate="horizon=10 windows=200 draws=100 train_frames=500 validation_frames=200",
+    evaluate_first="bounds=true",
     plan="offsets=[5,10] starts=3 planner_seeds=2 planner.samples=8 planner.iterations=2 planner.elites=2 "
     "planner.steps=3 oracle_planner.samples=4 oracle_planner.iterations=1 oracle_planner.elites=2 "
     "oracle_planner.steps=2",
@@ -41,12 +43,15 @@ def test_variants_want_names(variants: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_bars_are_kept_or_not(kept: bool) -> None:
-    def row(variant: str, success: float, radius: float) -> dict:
-        rates = {"25": success, "75": success}
-        return {"world": "w", "variant": variant, "long_steps": 1000, "inside": 0.99, "median_radius": radius,
-                "success": rates}  # fmt: skip
+    def row(variant: str, seed: int, success: float, radius: float) -> dict:
+        factors = {"seen": {"kept": 0.8 if kept else 0.78, "canonical": 0.99}, "unseen": {"kept": 0, "canonical": 0.5}}
+        return {"world": "w", "variant": variant, "seed": seed, "long_steps": 1000, "inside": 0.99,
+                "median_radius": radius, "factors": factors, "success": {"25": success, "75": success},
+                "cpu_seconds": 100 if variant == "a" or kept else 94}  # fmt: skip
 
     interval = {"low": 0.1, "value": 0.2, "high": 0.3, "each": [0.2, 0.1 if kept else -0.1]}
+    theirs = 0.5 if kept else 0.61
+    reached = {"low": -0.01, "value": 0.05, "high": 0.2} if kept else {"low": -0.1, "value": -0.06, "high": -0.055}
     pair = {
         "world": "w",
         "variant": "b",
@@ -55,19 +60,27 @@ def test_bars_are_kept_or_not(kept: bool) -> None:
         "h_star": interval,
         "h_star_each": [[100, 33], [99 if kept else 97, 33]],
         "growth_ratio_each": [0.5, 0.5 if kept else 0.51],
+        "success": {"25": reached, "75": reached},
     }
-    theirs = 0.5 if kept else 0.61
+    part = {**pair, "variant": "part", "success": {"25": {"value": -1.0}, "75": {"value": -1.0}}}
     bars = judge(
         {
             "ours": "a",
             "horizon": 100,
-            "config": {"variants": ["a:", "b: x=1"]},
-            "runs": [row("a", 0.55, 1.09), row("a", 0.55, 0.9 if kept else 0.89), row("b", theirs, 2.0)],
-            "pairs": [pair],
+            "config": {"variants": ["a: objective=x", "b: objective=y"], "terms": ["part: objective=x y=0"]},
+            "runs": [
+                *(row("a", seed, 0.55, radius) for seed, radius in enumerate([1.09, 0.9 if kept else 0.89])),
+                *(row("b", seed, theirs, 2.0) for seed in (0, 1)),
+            ],
+            "pairs": [pair, part],
         }
     )
-    assert [bar.asked.split()[0] for bar in bars] == ["HRI_100", "H*", "e_100", "97%", "success", "success"]
-    assert [bar.kept for bar in bars] == [kept] * 6
+    assert [bar.asked.split()[0] for bar in bars] == [
+        *("HRI_100", "H*", "e_100", "CPU", "97%", "every", "success", "success")
+    ]
+    assert [bar.kept for bar in bars] == [kept] * 8
+    assert [bar.verdict for bar in bars[-2:]] == (["yes", "yes, within noise"] if kept else ["no", "no"])
+    assert all("b, 2 seeds" in bar.of for bar in bars[-2:]), "what we are without a term is no opponent"
 
 
 def test_a_grid_is_trained_once_and_told_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,9 +111,13 @@ def test_a_grid_is_trained_once_and_told_in_full(tmp_path: Path, monkeypatch: py
     assert pair["hri"]["low"] == pytest.approx(np.percentile(draws[0] - draws[1], 2.5), abs=1e-5)
     assert pair["success"]["5"]["value"] == pytest.approx(ours["success"]["5"] - lewm["success"]["5"], abs=1e-4)
     assert set(result["oracle"]["two_room"]) == {"5", "10"}
+    files = [Path(f"reports/ablate/two_room/{name}-0.json") for name in ("lewm", "ours")]
+    assert summarise(list(map(read_json, files)), "ours")["pairs"] == [pair], "whichever run came first"
+    assert not summarise([read_json(files[0])], "ours")["pairs"], "nobody takes the place of a run that failed"
     for text in (report.read_text(), Path("docs/published.md").read_text()):
         assert "two_room broken 0: training stopped at step" in text
         assert f"| lewm | {lewm['hri']['value']:.2f}" in text
+        assert f"| lewm | {lewm['bound']['residual']:.2f}" in text
     published = Path("docs/published.md").read_text()
     assert "`edge`: not yet measured" in published
     (frontier,) = re.findall(r"\]\((.*frontier\.svg)\)", published)

@@ -16,6 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from worldline.bench.ablate_bars import named
 from worldline.bench.ablate_report import collect_evidence, summarise, write_report
 from worldline.bench.results_page import write_page
 from worldline.cli import configure
@@ -58,6 +59,8 @@ class AblateConfig:
     """Options of `worldline references`."""
     evaluate: str = ""
     """Options of `worldline evaluate`."""
+    evaluate_first: str = ""
+    """More of them for the first seed of each variant."""
     plan: str | None = None
     """Options of `worldline plan`; null leaves planning out. A world's first run plans with the true dynamics, too."""
     workers: int = 1
@@ -79,7 +82,7 @@ class AblateConfig:
         for text in (*self.worlds, *self.variants, *self.terms):
             if not text.partition(":")[0].strip() or ":" not in text:
                 raise WorldlineError(f"ablate: a world or variant is 'NAME: OPTIONS', got {text!r}")
-        if unknown := set(self.term_worlds) - {_named(text)[0] for text in self.worlds}:
+        if unknown := set(self.term_worlds) - {named(text)[0] for text in self.worlds}:
             raise WorldlineError(f"ablate: term_worlds names {min(unknown)!r}, which is none of the grid's worlds")
         if (self.minutes is not None and self.minutes <= 0) or not 0 < self.joint_share < 1:
             raise WorldlineError(
@@ -98,6 +101,8 @@ class Run(NamedTuple):
     """Of its variant."""
     steps: dict[str, int]
     """Updates of each stage; empty where the options decide."""
+    evaluate: str
+    """Options of `worldline evaluate`."""
     place: Path
     evidence: Path
     oracle: bool
@@ -117,24 +122,26 @@ def run(config: AblateConfig) -> Path:
         WorldlineError: a dataset or its references could not be made, or no run succeeded.
     """
     root, data, kept = Path("runs") / config.name, Path("datasets") / config.name, Path(config.reports) / config.name
-    worlds = dict(_named(text) for text in config.worlds)
+    worlds = dict(named(text) for text in config.worlds)
     runs, costs = [], {}
     failures: dict[str, str] = {}
     for world, options in worlds.items():
         costs[world] = _costs(config, kept / world / "costs.json", data / world, options) if config.minutes else {}
         for seed in range(max(config.seeds, config.term_seeds)):
             for number, text in enumerate(_variants_of(config, world, seed)):
-                variant, options = _named(text)
+                variant, options = named(text)
                 name = f"{variant.replace(' ', '-')}-{seed}"
+                more = config.evaluate_first if seed == 0 and text in config.variants else ""
                 places = root / world / name, kept / world / f"{name}.json"
-                each = Run(world, variant, seed, options, {}, *places, oracle=seed == number == 0)
+                asked = f"{config.evaluate} {more}".strip()
+                each = Run(world, variant, seed, options, {}, asked, *places, oracle=seed == number == 0)
                 cost = costs[world].get(variant, {})
                 if isinstance(cost, str):
                     failures[each.title] = cost
                 else:
                     runs.append(each._replace(steps=_steps(config, cost)))
     # the variants before the terms, and all of one seed before any of the next, so that half a grid says something
-    terms = {_named(text)[0] for text in config.terms}
+    terms = {named(text)[0] for text in config.terms}
     runs.sort(key=lambda each: (each.variant in terms, each.seed))
     missing = [each for each in runs if not _is_kept(config, each)] if config.train else []
     for world in dict.fromkeys(each.world for each in missing):
@@ -155,7 +162,7 @@ def run(config: AblateConfig) -> Path:
         "costs": costs,
         "failures": failures,
         "not_run": [each.title for each in runs if each not in finished and each.title not in failures],
-        **summarise([read_json(each.evidence) for each in finished]),
+        **summarise([read_json(each.evidence) for each in finished], named(config.variants[0])[0]),
     }
     folder = Path(config.reports) / f"{date.today():%Y-%m-%d}-{config.name}"
     write_result(folder / "result.json", "ablate", figures, {})
@@ -163,11 +170,6 @@ def run(config: AblateConfig) -> Path:
     if config.publish:
         write_page(Path(config.publish), Path(config.reports))
     return report
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, _, options = text.partition(":")
-    return name.strip(), options.strip()
 
 
 def _variants_of(config: AblateConfig, world: str, seed: int) -> tuple[str, ...]:
@@ -189,12 +191,12 @@ def _train_options(config: AblateConfig, data: Path, options: str) -> list[str]:
 def _asked(config: AblateConfig, run: Run) -> dict[str, Any]:
     """Return what a run's figures depend on."""
     return {
-        "data": dict(_named(text) for text in config.worlds)[run.world],
+        "data": dict(named(text) for text in config.worlds)[run.world],
         "references": config.references,
         "train": f"{config.base} {run.options}".strip(),
         "steps": run.steps,
         "seed": run.seed,
-        "evaluate": config.evaluate,
+        "evaluate": run.evaluate,
         "plan": config.plan,
     }
 
@@ -223,7 +225,7 @@ def _costs(config: AblateConfig, path: Path, data: Path, collected: str) -> dict
     """
     known = read_json(path) if path.exists() else {}
     wanted = _variants_of(config, data.name, 0)
-    missing = [_named(text) for text in wanted if _named(text)[0] not in known] if config.train else []
+    missing = [named(text) for text in wanted if named(text)[0] not in known] if config.train else []
     if missing:
         _prepare(config, data, data.name, collected)
     rounds: dict[str, list[dict[str, dict[str, float]]]] = {}
@@ -262,7 +264,7 @@ def _finish(config: AblateConfig, data: Path, run: Run) -> str | None:
     steps = [f"{stage}.steps={count}" for stage, count in run.steps.items()]
     options = _train_options(config, data, run.options)
     out, planning = run.place / "evaluation", run.place / "planning"
-    calls = {out: ["evaluate", str(run.place), f"data={data}", f"out={out}", *config.evaluate.split()]}
+    calls = {out: ["evaluate", str(run.place), f"data={data}", f"out={out}", *run.evaluate.split()]}
     if config.plan is not None:
         oracle = f"oracle={run.oracle}".lower()
         calls[planning] = ["plan", str(run.place), f"data={data}", f"out={planning}", oracle, *config.plan.split()]

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-KEPT = {True: "yes", False: "no", None: "n/a"}
+from worldline.evaluate.reliability import ENCODER_SHARE, VISIBLE_R2
+
+_FAIR = 0.95
+"""A baseline has at least this share of our CPU time."""
 
 
 class Bar(NamedTuple):
@@ -18,16 +21,30 @@ class Bar(NamedTuple):
     found: str
     kept: bool | None
     """None where it could not be judged."""
+    surely: bool = True
+    """False where the value speaks for `kept` and the interval leaves it open."""
+
+    @property
+    def verdict(self) -> str:
+        said = {True: "yes", False: "no", None: "n/a"}[self.kept]
+        return said if self.surely else f"{said}, within noise"
 
 
 def judge(result: dict[str, Any]) -> list[Bar]:
-    """Hold the first variant to its bars: against each other variant (the terms are none), and by itself."""
-    ours, horizon = result["ours"], result["horizon"]
-    names = [text.partition(":")[0].strip() for text in result["config"]["variants"]]
+    """Hold the first variant to its bars: against each other variant (the terms are none), and by itself.
+
+    In planning the terms count that are recipes of their own: their options name another `objective`.
+    """
+    ours, horizon, config = result["ours"], result["horizon"], result["config"]
+    names = [named(text)[0] for text in config["variants"]]
+    recipe = _objective(config["variants"][0])
+    recipes = {*names, *(named(text)[0] for text in config["terms"] if _objective(text) != recipe)}
     bars = []
     for world in dict.fromkeys(row["world"] for row in result["runs"]):
-        rows = {name: [r for r in result["runs"] if (r["world"], r["variant"]) == (world, name)] for name in names}
-        pairs = [pair for pair in result["pairs"] if pair["world"] == world and pair["variant"] in names]
+        rows = [row for row in result["runs"] if row["world"] == world]
+        mine = [row for row in rows if row["variant"] == ours]
+        here = [pair for pair in result["pairs"] if pair["world"] == world]
+        pairs = [pair for pair in here if pair["variant"] in names]
         for pair in pairs:
             against = f"{ours} against {pair['variant']}, {len(pair['seeds'])} seeds"
             hri = pair["hri"]
@@ -62,7 +79,11 @@ def judge(result: dict[str, Any]) -> list[Bar]:
                     None if ratio is None else ratio <= 0.5,
                 )
             )
-        mine = rows[ours]
+            spent = [row["cpu_seconds"] for row in rows if row["variant"] == pair["variant"]]
+            share = min(spent) / float(np.median([row["cpu_seconds"] for row in mine]))
+            bars.append(
+                Bar(world, against, "CPU time at least ours", f"{100 * share:.0f}% of ours or more", share >= _FAIR)
+            )
         if mine:
             inside, radii = min(row["inside"] for row in mine), [row["median_radius"] for row in mine]
             bars.append(
@@ -74,27 +95,57 @@ def judge(result: dict[str, Any]) -> list[Bar]:
                     inside >= 0.97 and all(abs(radius - 1) <= 0.1 for radius in radii),
                 )
             )
+            kept, least = min(
+                (found["kept"] / found["canonical"], name)
+                for row in mine
+                for name, found in row["factors"].items()
+                if found["canonical"] >= VISIBLE_R2
+            )
+            bars.append(
+                Bar(
+                    world,
+                    ours,
+                    f"every factor's R(0) at least {ENCODER_SHARE} of a supervised encoder's, in every seed",
+                    f"{kept:.2f} or more (least: {least})",
+                    kept >= ENCODER_SHARE,
+                )
+            )
         if mine and "success" in mine[0]:
-            bars += _planning_bars(world, ours, rows)
+            bars += _planning_bars(world, ours, [pair for pair in here if pair["variant"] in recipes], rows)
     return bars
 
 
-def _planning_bars(world: str, ours: str, rows: dict[str, list[dict[str, Any]]]) -> list[Bar]:
+def named(text: str) -> tuple[str, str]:
+    """Return the parts of `NAME: OPTIONS`."""
+    name, _, options = text.partition(":")
+    return name.strip(), options.strip()
+
+
+def _objective(text: str) -> str:
+    return next((word for word in named(text)[1].split() if word.startswith("objective=")), "")
+
+
+def _planning_bars(world: str, ours: str, pairs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[Bar]:
+    """Judge success by the mean over the seeds that both have; the best is who leaves us the least."""
     bars = []
-    for offset in rows[ours][0]["success"]:
-        rates = {name: float(np.mean([r["success"][offset] for r in each])) for name, each in rows.items() if each}
-        others = {name: rate for name, rate in rates.items() if name != ours}
-        if not others:
-            continue
-        best = max(others, key=lambda name: others[name])
-        above = int(offset) >= 75 and others[best] < 0.95
+    for offset in pairs[0]["success"] if pairs else ():
+        best = min(pairs, key=lambda pair: pair["success"][offset]["value"])
+        name, found = best["variant"], best["success"][offset]
+        rate, theirs = (
+            float(np.mean([r["success"][offset] for r in rows if r["variant"] == each and r["seed"] in best["seeds"]]))
+            for each in (ours, name)
+        )
+        above = int(offset) >= 75 and theirs < 0.95
+        least = 0.0 if above else -0.05
+        kept = found["value"] > least if above else found["value"] >= least
         bars.append(
             Bar(
                 world,
-                f"{ours} against the best, {best}",
+                f"{ours} against the best, {name}, {len(best['seeds'])} seeds",
                 f"success at {offset} " + ("above its" if above else "within 5 points of its"),
-                f"{100 * rates[ours]:.0f}% to {100 * others[best]:.0f}%",
-                rates[ours] > others[best] if above else rates[ours] >= others[best] - 0.05,
+                f"{100 * rate:.0f}% to {100 * theirs:.0f}%, {difference(found, '.0f', 100)}",
+                kept,
+                surely=found["low"] > least if kept else found["high"] < least,
             )
         )
     return bars

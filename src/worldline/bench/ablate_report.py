@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from worldline.bench.ablate_bars import KEPT, difference, judge, two
+from worldline.bench.ablate_bars import difference, judge, two
 from worldline.core.errors import WorldlineError
 from worldline.core.files import read_json, write_bytes
 from worldline.evaluate.reliability import DRAWS, Bootstrap, interval, rank_correlation
@@ -48,6 +48,7 @@ def collect_evidence(place: Path, run: dict[str, Any]) -> dict[str, Any]:
             for name, factor in found["factors"].items()
         },
         "auroc": trust["mean_auroc"].get("estimator"),
+        "bound": _bound(found["bound"]) if "bound" in found else None,
     }
     with np.load(place / "evaluation/draws.npz") as saved:
         draws = {
@@ -69,27 +70,38 @@ def collect_evidence(place: Path, run: dict[str, Any]) -> dict[str, Any]:
     return evidence
 
 
+def _bound(bound: dict[str, Any]) -> dict[str, Any]:
+    """Return what an evaluation with `bounds=true` comes to: medians over windows and steps."""
+
+    def median(rows: list[list[float | None]]) -> float | None:
+        known = [value for row in rows for value in row if value is not None]
+        return _short(float(np.median(known))) if known else None
+
+    whole = {key: median(bound[key]) for key in ("residual", "gain", "gain_seen")}
+    split = {name: median(rows) for name, rows in bound["split"].items()}
+    return {"held": bound["held"], "says_something_up_to": bound["says_something_up_to"], **whole, "split": split}
+
+
 def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.5g}")
 
 
-def summarise(evidence: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what the runs reached, and each variant against the first, world by world and seed by seed."""
+def summarise(evidence: list[dict[str, Any]], ours: str) -> dict[str, Any]:
+    """Return what the runs reached, and each variant against `ours`, world by world and seed by seed."""
     horizon = min(max(map(int, each["row"]["hri"])) for each in evidence)
     planned = all("plan" in each for each in evidence)
     for each in evidence:
         each["row"] |= {"hri": each["row"]["hri"][str(horizon)]} | (
-            {"success": each["plan"]["success"]["world"]} if planned else {}
+            {"success": each["plan"]["success"]["world"], "decision_ms": each["plan"]["decision_ms"]} if planned else {}
         )
     rows = [each["row"] for each in evidence]
-    ours = rows[0]["variant"]
     worlds, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("world", "variant"))
     pairs = []
     for world in worlds:
         here = {
             (each["row"]["variant"], each["row"]["seed"]): each for each in evidence if each["row"]["world"] == world
         }
-        for variant in variants[1:]:
+        for variant in (name for name in variants if name != ours):
             seeds = [seed for name, seed in here if name == variant and (ours, seed) in here]
             if seeds:
                 both = [(here[ours, seed], here[variant, seed]) for seed in seeds]
@@ -183,7 +195,7 @@ def _lines(result: dict[str, Any], pictures: list[str]) -> list[str]:
     lines = [
         f"# Recipes compared: {', '.join(worlds)}",
         "",
-        _budget(config),
+        _budget(config, rows),
         f"Commit {made['commit']}, {made['machine']['processor']}, {made['machine']['cores']} cores. Every seed is "
         "shown; intervals are 95%, over held-out episodes.",
         "",
@@ -191,11 +203,12 @@ def _lines(result: dict[str, Any], pictures: list[str]) -> list[str]:
     lines += [f"![{Path(picture).stem}]({picture})\n" for picture in pictures]
     if bars := judge(result):
         lines += ["## What was asked", "", "| world | of | asked | found | kept |", "|---|---|---|---|---|"]
-        lines += [f"| {bar.world} | {bar.of} | {bar.asked} | {bar.found} | {KEPT[bar.kept]} |" for bar in bars]
+        lines += [f"| {bar.world} | {bar.of} | {bar.asked} | {bar.found} | {bar.verdict} |" for bar in bars]
         lines += ["", "An error that does not grow has a ratio of 1, so half of a growth under 2 is out of reach.", ""]
     for world in worlds:
         lines += [f"## {world}", "", *_world_table(result, world, variants), ""]
         lines += _pairs_table(result, world)
+        lines += _bound_table(result, world)
     if result["success_correlation"]:
         lines += ["## Does HRI tell what plans well?", "", *_correlation_lines(result), ""]
     if result["failures"]:
@@ -209,12 +222,14 @@ def _lines(result: dict[str, Any], pictures: list[str]) -> list[str]:
     return [*lines, "", f"Again: `{made['command']}`", ""]
 
 
-def _budget(config: dict[str, Any]) -> str:
+def _budget(config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if config["minutes"] is None:
         return "The same numbers of updates for all, whatever they cost."
+    took = [row["cpu_seconds"] / 60 for row in rows]
     return (
         f"The same network for all, and for each training {config['minutes']:g} minutes of one core, from which the "
-        "numbers of updates follow by the measured cost of one."
+        f"numbers of updates follow by the cost of one, measured beforehand. They took {min(took):.1f} to "
+        f"{max(took):.1f} minutes of CPU time."
     )
 
 
@@ -230,7 +245,7 @@ def _world_table(result: dict[str, Any], world: str, variants: list[str]) -> lis
     ]
     heads += [f"{name}: R({horizon})" for name in factors]
     heads.append("AUROC of the gauge")
-    heads += [f"success at {', '.join(rows[0]['success'])}, %"] if planned else []
+    heads += [f"success at {', '.join(rows[0]['success'])}, %", "ms a decision"] if planned else []
     heads += ["updates", "CPU minutes", "TFLOP"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for variant in variants:
@@ -255,6 +270,7 @@ def _world_table(result: dict[str, Any], world: str, variants: list[str]) -> lis
         if planned:
             success = [np.mean([row["success"][offset] for row in mine]) for offset in mine[0]["success"]]
             cells.append(", ".join(f"{100 * rate:.0f}" for rate in success))
+            cells.append(f"{np.median([row['decision_ms'] for row in mine]):.0f}")
         minutes = np.median([row["cpu_seconds"] for row in mine]) / 60
         flops = _teraflops(result, world, variant, mine[0]["updates"])
         cells += [
@@ -284,6 +300,29 @@ def _pairs_table(result: dict[str, Any], world: str) -> list[str]:
         cells += [difference(pair["h_star"], ".0f"), ", ".join(f"{a} : {b}" for a, b in pair["h_star_each"])]
         cells.append(", ".join(two(ratio) for ratio in pair["growth_ratio_each"]))
         cells += [difference(pair["success"][offset], ".0f", 100) for offset in offsets]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _bound_table(result: dict[str, Any], world: str) -> list[str]:
+    rows = [row for row in result["runs"] if row["world"] == world and row.get("bound")]
+    if not rows:
+        return []
+    split = list(rows[0]["bound"]["split"])
+    heads = ["recipe", "one-step error", "gain of the state, largest", "what steps did"]
+    heads += [*(f"gain of the latent, {name}" for name in split), "bound under two random latents", "bound held, %"]
+    lines = [
+        "What a step can make of an error, and the bound on a rollout's that follows (docs/evaluate.md; medians; an "
+        "estimate from below, not a certificate):",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|---" * len(heads) + "|",
+    ]
+    for row in rows:
+        bound = row["bound"]
+        cells = [row["variant"], *(two(bound[key]) for key in ("residual", "gain", "gain_seen"))]
+        cells += [two(bound["split"][name]) for name in split]
+        cells += [f"{bound['says_something_up_to']} steps", f"{100 * bound['held']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
