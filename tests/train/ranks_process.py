@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,12 @@ from worldline.train.learner import Learner
 from worldline.train.parallel import ParallelConfig, Ranks, local, open_ranks
 from worldline.train.pretrain import PretrainConfig, pretrain
 
-WAYS: dict[str, tuple[ParallelConfig, dict[str, str]]] = {
+WAYS: dict[str, tuple[ParallelConfig, dict[str, Any]]] = {
     "ema": (ParallelConfig(), {}),
     "accumulated": (ParallelConfig(accumulate=2, checkpointing=True), {}),
     "offloaded": (ParallelConfig(offload=True), {}),
     "sigreg": (ParallelConfig(), {"target": "sigreg"}),
+    "bfloat16": (ParallelConfig(), {"bfloat16": True}),
 }
 
 

@@ -71,7 +71,8 @@ def test_two_ranks_have_the_gradients_of_one(run: Path) -> None:
             wanted = alone["ema" if name == "offloaded" else name]
             scale = np.abs(wanted).max()
             assert scale > 1e-3
-            np.testing.assert_allclose(gradient, wanted, atol=2e-6 * scale, err_msg=name)
+            allowed = 1e-2 if name == "bfloat16" else 2e-6  # norms' weights, too, are gathered in bfloat16
+            np.testing.assert_allclose(gradient, wanted, atol=allowed * scale, err_msg=name)
 
 
 @pytest.mark.slow

@@ -29,12 +29,20 @@ class Attention(nn.Module):
         return mixed
 
 
+class Norm(nn.LayerNorm):
+    """A layer norm whose weights are float32 at work: sharded, they may have been gathered in bfloat16, which a CPU's
+    layer norm of float32 does not take."""
+
+    def forward(self, x: Float[Tensor, "*b e"]) -> Float[Tensor, "*b e"]:
+        return F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1, self.norm2 = Norm(width), Norm(width)
         self.attention = Attention(width, heads, rotary=False)
         self.mlp = _mlp(width)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from worldline.core.errors import WorldlineError, require_at_least
 from worldline.core.files import read_json, write_bytes, write_json
-from worldline.model.transformer import Block
+from worldline.model.transformer import Block, Norm
 
 _FORMAT = "worldline-video-encoder"
 CARD, WEIGHTS = "encoder.json", "encoder.safetensors"
@@ -84,7 +84,7 @@ class VideoEncoder(nn.Module):
         self.embed = nn.Linear(config.tubelet * config.patch**2 * 3, config.width)
         self.register_buffer("position", sine_positions(config.grid, config.width), persistent=False)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = Norm(config.width)
         _initialise(self)
 
     def forward(
@@ -146,7 +146,7 @@ class MaskedVideo(nn.Module):
         self.hidden_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("position", sine_positions(config.grid, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, config.predictor_heads) for _ in range(config.predictor_depth))
-        self.norm = nn.LayerNorm(width)
+        self.norm = Norm(width)
         self.widen = nn.Linear(width, config.width)
         for module in (self.narrow, self.blocks, self.widen):
             _initialise(module)
