@@ -119,6 +119,7 @@ def run(config: BottleneckConfig) -> Path:
     check_fit(config.data, clips, config.model)
     waited = None if config.run is None else read_waiting(config.run)
     keep_freed_memory()
+    load = os.getloadavg()[0]
     with threads(config.threads):
         parts = _Parts(config, clips)
         turns: dict[str, list[dict[str, float]]] = {name: [] for name in parts.all}
@@ -144,6 +145,7 @@ def run(config: BottleneckConfig) -> Path:
         "ready_batches": {name: float(np.mean(found)) for name, found in parts.ready.items()},
         "product_flops": product,
         "run": waited,
+        "load": load,
     }
     folder = config.reports / f"{date.today():%Y-%m-%d}-bottleneck"
     write_result(folder / "result.json", "bottleneck", figures, timing)

@@ -103,12 +103,21 @@ def render(result: dict[str, Any]) -> str:
         *_target(result),
         "",
         f"Machine: {made['machine']['processor']}, {made['machine']['cores']} cores; torch "
-        f"{made['versions'].get('torch')}; commit {made['commit']}.",
+        f"{made['versions'].get('torch')}; commit {made['commit']}. {_load(timing['load'])}",
         "",
         f"Again: `{made['command']}`",
         "",
     ]
     return "\n".join(lines)
+
+
+def _load(load: float) -> str:
+    """Say what else ran. Under a load, parts' clips a second are too low, and their CPU time is a little too high."""
+    if load < 0.5:
+        return "Nothing else ran on it."
+    return (
+        f"Other work ran beside it (load average {load:.1f} when it began): alone, it would give more clips a second."
+    )
 
 
 _SAID = {"update": "computing", "read": "the disk", "decode": "decoding"}
