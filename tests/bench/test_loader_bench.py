@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from worldline.bench import loader
-from worldline.bench.loader import LoaderBenchConfig, measure_curve, measure_index, measure_order, measure_readers
+from worldline.bench.loader import (
+    LoaderBenchConfig,
+    measure_curve,
+    measure_index,
+    measure_order,
+    measure_readers,
+    measure_video_index,
+)
 from worldline.bench.loader_report import draw, render
 
 pytest.importorskip("h5py", reason='needs h5py: pip install "worldline[hdf5]"')
@@ -22,6 +29,8 @@ def test_readers_are_compared_on_the_same_pixels(tmp_path: Path, monkeypatch: py
     index = measure_index(tmp_path, 2_000_000)
     assert index is not None
     assert 11 < index["bytes_a_clip"] < 16
+    of_videos = [measure_video_index(tmp_path, 400_000, codec) for codec in ("h264", "source")]
+    assert all(row is not None and 10 < row["bytes_a_clip"] < 120 for row in of_videos)
     curve: list[dict[str, Any]] = [
         {"codec": codec, "gop": gop, "row_group": group, "stride": stride, "clips": 9, "bytes_a_frame": 1e3 * (gop + 1)}
         | {"cpu_ms_a_clip": 1.0 + group, "quartiles_ms": [1.0, 2.0 + group]}
@@ -33,9 +42,11 @@ def test_readers_are_compared_on_the_same_pixels(tmp_path: Path, monkeypatch: py
     ]  # fmt: skip
     made = {"machine": {"processor": "p", "cores": 1}, "versions": {}, "commit": "c", "command": "x"}
     result = {"num_frames": 16, "batch": 16, "index": index, "order": measure_order(1000, 8), "curve": "yes"}
+    result |= {"video_index": of_videos}
     result |= {"provenance": made, "timing": {"readers": [found], "curve": curve}}
     text = render(result)
     assert f"**{index['bytes_a_clip']:.2f} bytes a clip**" in text
+    assert "`source`, 400,000 clips, 4 out of each video" in text
     assert "`h264` with gop=1, the cheapest to read at stride 4." in text
     assert "groups of 16" in draw(result)
     del result["timing"]["curve"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -162,6 +163,9 @@ def test_every_codec_gives_the_same_clips(codec: str, good: dict[str, Path], tmp
     error, shifted = np.abs(got - wanted).mean(), np.abs(got[:, 1:] - wanted[:, :-1]).mean()
     assert error < 9 < shifted
     assert np.array_equal(other.read(ids[3:5]), got[3:5])
+    again: Any = pickle.loads(pickle.dumps(other))
+    assert again.fingerprint == other.fingerprint
+    assert "files" not in again.card  # a hash of each, which nobody needs any more
 
 
 def test_damage_to_a_cache_is_told(videos: Path, tmp_path: Path) -> None:

@@ -51,6 +51,16 @@ def test_the_curve_falls_well_below_a_guess(whole: Path) -> None:
     assert read_curve(whole)[-1] < 0.8 * read_curve(whole)[0]
 
 
+def test_where_clips_come_from_is_read_when_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank holds 24 bytes a clip less for it."""
+    read, times = ToyClips.record, []
+    monkeypatch.setattr(ToyClips, "record", lambda self: (times.append(1), read(self))[1])
+    monkeypatch.setattr(module, "open_clips", lambda path: ToyClips(broken={4: 4}))
+    run = pretrain(replace(toy_config(tmp_path / "run", steps=6), log_every=1))
+    assert len((run / "lost.jsonl").read_text().splitlines()) == 1
+    assert len(times) == 2  # for the one that was lost, and for what was never seen
+
+
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -23,12 +24,12 @@ from worldline.bench.loader_plain import PlainHDF5Reader, PlainVideoReader
 from worldline.bench.loader_report import draw, render
 from worldline.bench.real_videos import INSTALL, real_videos
 from worldline.core.errors import WorldlineError
-from worldline.core.files import read_json, write_bytes
+from worldline.core.files import read_json, write_bytes, write_json
 from worldline.core.progress import progress
 from worldline.core.result import write_result
-from worldline.data.clip_cache import INDEX, SCHEMA
-from worldline.data.clip_videos import VideoClips
-from worldline.data.clips import IN_TABLES, Clips, open_clips, read_card
+from worldline.data.clip_cache import INDEX, SCHEMA, shard_path
+from worldline.data.clip_videos import VideoClips, video_path
+from worldline.data.clips import CARD, IN_TABLES, Clips, open_clips, read_card
 from worldline.data.collect import CollectConfig, collect
 from worldline.data.ingest import IngestConfig, ingest
 from worldline.data.lerobot import Dataset, open_dataset
@@ -58,6 +59,8 @@ class LoaderBenchConfig:
     """Turns of the cost curve; each way of keeping clips reads four in each."""
     index_clips: int = 10_000_000
     """Clips of the index whose memory is measured."""
+    video_clips: int = 1_000_000
+    """The same where they are decoded out of videos, four out of each."""
     reports: str = "reports"
     """Where `DATE-loader/` is written."""
 
@@ -77,6 +80,9 @@ def run(config: LoaderBenchConfig) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         timing["readers"] = [measure_readers(Path(folder), size, config) for size in config.sizes]
         figures["index"] = measure_index(Path(folder), config.index_clips)
+        figures["video_index"] = [
+            measure_video_index(Path(folder), config.video_clips, codec) for codec in ("h264", "source")
+        ]
         figures["order"] = measure_order()
         videos = real_videos(Path(folder))
         if config.curve and all(name in videos for name in _VIDEOS):
@@ -228,7 +234,6 @@ class _ByRowGroup:
 
 _OPEN_INDEX = """
 import json, sys, time
-import numpy as np
 from worldline.data.clips import open_clips
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) * 1024
@@ -237,7 +242,8 @@ before = resident()
 started = time.perf_counter()
 clips = open_clips(sys.argv[1])
 opened = time.perf_counter() - started
-total = sum(int(clips._index[name].sum(dtype=np.uint64)) for name in ("offset", "size", "crc"))
+index = clips._index if hasattr(clips, "_index") else clips._stamps
+total = int(index.view("u4").sum(dtype="u8"))
 clips._verified[:] = 1
 print(json.dumps({"bytes": resident() - before, "opened_seconds": opened, "total": total}))
 """
@@ -248,19 +254,53 @@ def measure_index(folder: Path, num_clips: int, shard_clips: int = 128) -> dict[
     if not Path("/proc/self/status").exists():
         return None
     for name, count in (("large", num_clips), ("small", shard_clips)):
-        path = folder / f"index-{name}"
-        path.mkdir()
+        shards = -(-count // shard_clips)
+        path = _made(folder / f"index-{name}", "raw", count, [shard_path(Path(), shard) for shard in range(shards)])
         index = np.lib.format.open_memmap(path / "index.npy", mode="w+", dtype=INDEX, shape=(count,))
         index["offset"], index["size"] = np.arange(count) % shard_clips * 200_000, 200_000
         index["crc"] = np.arange(count)
         index.flush()
         np.save(path / "shards.npy", np.minimum(np.arange(0, count + shard_clips, shard_clips), count))
-        card = {"version": 1, "codec": "raw", "num_clips": count, "num_frames": 16, "image_size": 64}
-        (path / "clips.json").write_text(json.dumps({**card, "fingerprint": "none"}))
-    command = [sys.executable, "-c", _OPEN_INDEX, str(folder / "index-large"), str(folder / "index-small")]
+    return {"clips": num_clips, "shard_clips": shard_clips, **_opened(folder / "index", num_clips)}
+
+
+def measure_video_index(folder: Path, num_clips: int, codec: str, clips_each: int = 4) -> dict[str, Any] | None:
+    """Return the same of clips that are decoded out of videos, under names as long as Kinetics has them."""
+    if not Path("/proc/self/status").exists():
+        return None
+    for name, videos in (("large", num_clips // clips_each), ("small", 1)):
+        files = [video_path(Path(), item) for item in range(videos)] if codec == "h264" else []
+        path = _made(folder / f"{codec}-{name}", codec, videos * clips_each, files)
+        np.save(path / "index.npy", np.arange(videos * clips_each))
+        items = pa.array(np.arange(videos))
+        table = {
+            "item": items,
+            "path": pa.array(
+                [f"train/playing harmonica/abcdefg{item:04x}_000012_000022.mp4" for item in range(videos)]
+            ),
+            "first_clip": pa.array(np.arange(videos) * clips_each),
+            "seekable": pa.array(np.ones(videos, bool)),
+            "sha256": pa.array([hashlib.sha256(str(item).encode()).hexdigest() for item in range(videos)]),
+        }
+        pq.write_table(pa.table(table), path / "episodes.parquet", compression="zstd")
+    return {"codec": codec, "clips": num_clips, "clips_each": clips_each, **_opened(folder / codec, num_clips)}
+
+
+def _made(path: Path, codec: str, num_clips: int, files: list[Path]) -> Path:
+    """Write the card of clips that are not there, with a hash for each file."""
+    path.mkdir()
+    card = {"version": 1, "codec": codec, "num_clips": num_clips, "num_frames": 16, "image_size": 64}
+    card |= {"stride": 4, "root": "", "ingest": {"hop": None}, "fingerprint": "none"}
+    hashes = {file.as_posix(): hashlib.sha256(str(file).encode()).hexdigest() for file in files}
+    write_json(path / CARD, {**card, "files": hashes})
+    return path
+
+
+def _opened(path: Path, num_clips: int) -> dict[str, Any]:
+    command = [sys.executable, "-c", _OPEN_INDEX, f"{path}-large", f"{path}-small"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
-    return {"clips": num_clips, "shard_clips": shard_clips, **found, "bytes_a_clip": found["bytes"] / num_clips}
+    return {**found, "bytes_a_clip": found["bytes"] / num_clips}
 
 
 def measure_order(num_clips: int = 100_000_000, batch: int = 256) -> dict[str, Any]:

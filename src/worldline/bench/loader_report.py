@@ -196,6 +196,14 @@ def _memory(result: dict[str, Any]) -> list[str]:
             "a mapped file that processes share and that the system may drop.",
             "",
         ]
+    for row in filter(None, result.get("video_index", [])):
+        each = (row["bytes"] / row["clips"] - 8) * row["clips_each"]
+        lines += [
+            f"`{row['codec']}`, {row['clips']:,} clips, {row['clips_each']} out of each video, opened in "
+            f"{row['opened_seconds']:.1f} s: {row['bytes'] / 1e6:.0f} MB, **{row['bytes_a_clip']:.1f} bytes a clip**, "
+            f"8 for its time stamp and {each:.0f} for each video.",
+            "",
+        ]
     told = ", ".join(f"{name} {us:.0f} us" for name, us in order["cpu_us_a_batch"].items())
     return [
         *lines,

@@ -19,6 +19,7 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,7 +32,7 @@ from PIL import Image
 
 from worldline.core.errors import WorldlineError
 from worldline.core.files import atomic_path
-from worldline.data.clips import Record, check_ids, load_array, read_record
+from worldline.data.clips import Clips, Record, check_ids, load_array, open_clips, read_record, without_files
 
 INDEX = np.dtype([("offset", "<u4"), ("size", "<u4"), ("crc", "<u4")])
 """12 bytes a clip, all that a reader holds of it."""
@@ -124,7 +125,7 @@ class CachedClips:
     """What `worldline ingest` wrote into Parquet. Memory holds 12 bytes a clip, mapped from the file."""
 
     def __init__(self, path: Path, card: dict[str, Any]) -> None:
-        self.path, self.card = path, card
+        self.path, self.card = path, without_files(card)
         self.num_clips, self.fingerprint = int(card["num_clips"]), str(card["fingerprint"])
         self.num_frames, self.image_size = int(card["num_frames"]), int(card["image_size"])
         self._raw = card["codec"] == "raw"
@@ -135,8 +136,8 @@ class CachedClips:
         self._verified = np.zeros(-(-self.num_clips // 8), dtype=np.uint8)
         self._files = _OpenFiles(_MAX_OPEN)
 
-    def __reduce__(self) -> tuple[type[CachedClips], tuple[Path, dict[str, Any]]]:
-        return CachedClips, (self.path.absolute(), self.card)
+    def __reduce__(self) -> tuple[Callable[[Path], Clips], tuple[Path]]:
+        return open_clips, (self.path.absolute(),)
 
     def read(self, ids: Int64[np.ndarray, " b"]) -> UInt8[np.ndarray, "b t h w 3"]:
         """Return clips; the bytes of each are compared with their checksum when first read.

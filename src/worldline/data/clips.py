@@ -96,6 +96,11 @@ def read_card(path: Path) -> dict[str, Any]:
     return card
 
 
+def without_files(card: dict[str, Any]) -> dict[str, Any]:
+    """Return what an open folder of clips keeps of its card: all but the hash of each file, of which there are many."""
+    return {key: value for key, value in card.items() if key != "files"}
+
+
 def read_record(path: Path) -> Record:
     """Read where the clips of a folder come from."""
     entry = ["item", "path", "episode"]

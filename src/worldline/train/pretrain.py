@@ -197,7 +197,6 @@ class Pretraining:
             config.model, config.mask, config.learner, config.parallel, ranks, seed=config.seed, device=config.device
         )
         self.shards = Shards(config.path, ranks)
-        self.record = clips.record()
         self.tracker: Tracker
         self.step, self.loss = 0, math.nan
 
@@ -296,8 +295,10 @@ class Pretraining:
         for update in updates:
             ids = np.concatenate([np.array(seen.ids, dtype=np.int64) for seen in update])
             append_line(run / BATCHES, {"step": update[0].step + 1, "batch": batch_hash(ids)})
-        for each in lost:
-            append_line(run / LOST, {**each._asdict(), "step": each.step + 1, **entry_of(self.record, each.clip)})
+        if lost:
+            record = self.clips.record()
+            for each in lost:
+                append_line(run / LOST, {**each._asdict(), "step": each.step + 1, **entry_of(record, each.clip)})
         metrics = {"step": self.step, "loss": self.loss, "losses": losses, "gradient_norm": gradient}
         metrics["lost"] = len(lost)
         append_line(run / METRICS, metrics)
@@ -342,7 +343,7 @@ class Pretraining:
             save_encoder(run, self.config.model, weights, card)
             lines = (run / LOST).read_text().splitlines() if (run / LOST).exists() else []
             lost = [json.loads(line) for line in lines]
-            unseen = list_unseen(self.record, self.order, self.step, lost)
+            unseen = list_unseen(self.clips.record(), self.order, self.step, lost)
             with atomic_path(run / UNSEEN) as temporary:
                 pq.write_table(unseen, temporary, compression="zstd")
             never_seen = sum_up(unseen)
