@@ -25,7 +25,7 @@ def test_the_feed_gives_the_batches_of_a_cpu_through_pinned_memory(monkeypatch: 
         return staged
 
     def batches(device: str) -> list[Batch]:
-        where = {"rank": 0, "ranks": 1, "image_size": 32, "seed": 5, "device": device}
+        where = {"rank": 0, "ranks": 1, "image_size": 32, "device": device}
         config, order = FeedConfig(threads=2, pause_s=0.0), Order(ToyClips.num_clips, 8, 5)
         clips = ToyClips(broken={4: 10**6})
         with Feed(clips, order, config, start=0, stop=9, **where) as feed:  # type: ignore[arg-type]

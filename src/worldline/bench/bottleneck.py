@@ -220,7 +220,7 @@ class _Parts:
         config = self._config
         with Feed(
             self._clips, self._order, config.feed, start=self._step, stop=_ENDLESS, rank=0, ranks=1,
-            image_size=config.model.image_size, seed=config.seed, device="cpu",
+            image_size=config.model.image_size, device="cpu",
         ) as feed:  # fmt: skip
             yield feed
 

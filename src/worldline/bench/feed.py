@@ -110,7 +110,7 @@ def measure(clips: Clips, config: FeedBenchConfig) -> list[dict[str, Any]]:
     """Return a row for each way: CPU time of all its processes a clip, clips a second, and both beside one thread."""
     keep_freed_memory()  # as in training
     order = Order(clips.num_clips, config.batch, _SEED)
-    options: dict[str, Any] = {"rank": 0, "ranks": 1, "image_size": clips.image_size, "seed": _SEED}
+    options: dict[str, Any] = {"rank": 0, "ranks": 1, "image_size": clips.image_size}
 
     def fed(start: int, stop: int, **chosen: Any) -> Iterator[Batch]:
         with Feed(clips, order, FeedConfig(**chosen), start=start, stop=stop, device="cpu", **options) as feed:

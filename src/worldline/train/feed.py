@@ -16,7 +16,6 @@ from torch import Tensor
 
 from worldline.core.errors import WorldlineError, require_at_least
 from worldline.core.files import read_json, write_json
-from worldline.core.seeding import rng_for
 from worldline.data.clips import Clips
 from worldline.data.deadly import DEATHS, InHand, find_deadly, left_in_hand
 from worldline.data.order import Order
@@ -70,8 +69,8 @@ class Batch(NamedTuple):
 class Reader:
     """Read a rank's share of an update: the same from whatever thread, process or machine it is called.
 
-    Pictures larger than `image_size` are cut at a place that only (seed, step, id) decides. Clips that are `deadly` are
-    lost, for the reason given, and not tried.
+    Pictures larger than `image_size` are cut at a place that hangs on the order's seed, the epoch and the clip alone.
+    Clips that are `deadly` are lost, for the reason given, and not tried.
     """
 
     def __init__(
@@ -83,11 +82,10 @@ class Reader:
         rank: int,
         ranks: int,
         image_size: int,
-        seed: int,
         deadly: Mapping[int, str] | None = None,
     ) -> None:
         self._clips, self._order, self._config, self._deadly = clips, order, config, dict(deadly or {})
-        self._rank, self._ranks, self._size, self._seed = rank, ranks, image_size, seed
+        self._rank, self._ranks, self._size = rank, ranks, image_size
 
     @property
     def batch_bytes(self) -> int:
@@ -131,18 +129,19 @@ class Reader:
         return self._batch(step, self.ids(step), pictures, lost)
 
     def _batch(self, step: int, ids: np.ndarray, pictures: np.ndarray, lost: tuple[Lost, ...]) -> Batch:
-        clips = torch.from_numpy(self._cut(step, ids, pictures))
+        clips = torch.from_numpy(self._cut(step, pictures))
         weight = torch.from_numpy(~np.isin(ids, [each.clip for each in lost])).float()
         return Batch(step, ids, clips, weight, lost)
 
-    def _cut(self, step: int, ids: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+    def _cut(self, step: int, pictures: np.ndarray) -> np.ndarray:
         size, room = self._size, pictures.shape[2] - self._size
         if room == 0:
             return pictures
         cut = np.empty((*pictures.shape[:2], size, size, 3), np.uint8)
-        for i, clip in enumerate(ids.tolist()):
-            top, left = rng_for(self._seed, "cut", step, clip).integers(room + 1, size=2)
-            cut[i] = pictures[i, :, top : top + size, left : left + size]
+        seeds = self._order.seeds(step, self._rank, self._ranks)
+        halves = np.stack([seeds >> np.uint64(32), seeds & np.uint64(0xFFFFFFFF)], axis=1)
+        for target, clip, (top, left) in zip(cut, pictures, (halves % np.uint64(room + 1)).tolist(), strict=True):
+            target[:] = clip[:, top : top + size, left : left + size]
         return cut
 
 
@@ -170,7 +169,6 @@ class Feed:
         rank: int,
         ranks: int,
         image_size: int,
-        seed: int,
         device: str,
         deadly: Mapping[int, str] | None = None,
         in_hand: Path | None = None,
@@ -179,7 +177,7 @@ class Feed:
         self._stream = None
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        options: dict[str, Any] = {"rank": rank, "ranks": ranks, "image_size": image_size, "seed": seed}
+        options: dict[str, Any] = {"rank": rank, "ranks": ranks, "image_size": image_size}
         self._reader = Reader(clips, order, config, deadly=deadly, **options)
         self._read: Callable[[int], Batch] = self._reader
         self._in_hand = None if in_hand is None or config.by == "ray" else InHand(in_hand, rank)

@@ -236,7 +236,6 @@ class Pretraining:
                     rank=self.ranks.rank,
                     ranks=self.ranks.count,
                     image_size=config.model.image_size,
-                    seed=config.seed,
                     device=config.device,
                     deadly=deadly,
                     in_hand=config.path / IN_HAND,
