@@ -85,14 +85,17 @@ def test_every_good_clip_is_taken_and_every_bad_one_ledgered(
     assert open_clips(out).num_clips > 30
 
 
-def test_two_workers_and_a_second_run_give_the_same_bytes(good: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["jpeg", "h264"])
+def test_two_workers_and_a_second_run_give_the_same_bytes(codec: str, good: dict[str, Path], tmp_path: Path) -> None:
     laid = lay_out(tmp_path / "source", "cvdf", good, broken_files())
+    options = {**SMALL, "codec": codec}
     outs = [
-        ingest(IngestConfig(source=str(laid.source), path=str(tmp_path / f"out{workers}"), workers=workers, **SMALL))
+        ingest(IngestConfig(source=str(laid.source), path=str(tmp_path / f"out{workers}"), workers=workers, **options))
         for workers in (1, 2)
     ]
     assert tree(outs[0]) == tree(outs[1])
-    there = {name for name in tree(outs[0]) if not name.startswith("shards/")}
+    clips = {"jpeg": "shards/", "h264": "videos/"}[codec]
+    there = {name for name in tree(outs[0]) if not name.startswith(clips)}
     assert there == {"clips.json", "episodes.parquet", "index.npy", "ledger.parquet", "shards.npy"}
 
 

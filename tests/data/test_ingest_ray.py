@@ -46,7 +46,7 @@ def test_a_cluster_on_this_machine_gives_the_same_bytes(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     for name, content in list(good_files().items())[:2]:
         (tmp_path / "source" / name).write_bytes(content)
-    options = {**SMALL, "items_per_shard": 1}
+    options = {**SMALL, "items_per_shard": 1, "codec": "h264"}
     alone = ingest(IngestConfig(source=str(tmp_path / "source"), path=str(tmp_path / "alone"), **options))
     words = [f"{key}={value}" for key, value in options.items()]
     command = [sys.executable, "-m", "worldline", "ingest", str(tmp_path / "source"), "path=clips", "ray=local", *words]
@@ -54,7 +54,7 @@ def test_a_cluster_on_this_machine_gives_the_same_bytes(tmp_path: Path) -> None:
     environment = {**os.environ, "RAY_worker_niceness": "0"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert len(list((tmp_path / "clips/shards").rglob("*.parquet"))) == 2
+    assert len(list((tmp_path / "clips/videos").rglob("*.mp4"))) == 2
     assert tree(tmp_path / "clips") == tree(alone)
 
 
