@@ -11,7 +11,7 @@ from worldline.core.files import read_json, write_bytes
 PARTS = {
     "System: on a microcontroller, beside TensorFlow Lite Micro": ("edge",),
     "Stability: drift and planning": ("ablate", "vizdoom"),
-    "Scalability: feeding and training": ("loader", "bottleneck", "pretrain"),
+    "Scalability: feeding and training": ("loader", "feed", "bottleneck", "pretrain", "memory"),
 }
 """Each part with the names of its benchmarks, whose reports are `reports/DATE-NAME`."""
 
