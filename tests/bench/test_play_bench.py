@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from worldline.bench.play import BARS, _kept, _made_per_second, _per_second, _report
+from worldline.bench.play import BARS, _kept, _made_per_second, _per_second, render
 
 RESULT: dict[str, Any] = {
     "checkpoint": "rooms",
@@ -31,12 +31,12 @@ def test_deadlines_and_frames_are_counted_by_what_the_engine_says_not_by_what_ca
 
 
 def test_a_report_says_which_bars_are_kept() -> None:
-    assert _report({**RESULT, "timing": KEPT}).startswith("# Play in a browser: every bar is kept")
+    assert render({**RESULT, "timing": KEPT}).startswith("# Play in a browser: every bar is kept")
 
 
 @pytest.mark.parametrize("name", BARS)
 def test_a_report_names_a_bar_that_is_not_kept(name: str) -> None:
     sign, limit = BARS[name]
     timing = {**KEPT, name: limit - 0.01 if sign == ">=" else limit + 0.01}
-    first = _report({**RESULT, "timing": timing}).splitlines()[0]
+    first = render({**RESULT, "timing": timing}).splitlines()[0]
     assert first == f"# Play in a browser: not kept: {name}"

@@ -85,7 +85,7 @@ def run(config: PlayBenchConfig) -> Path:
     figures = {"checkpoint": config.checkpoint, "seconds": config.seconds, "seed": config.seed, "fast_fps": FAST}
     write_result(out / "result.json", "bench-play", figures, timing)
     report = out / "report.md"
-    write_bytes(report, _report(read_json(out / "result.json")).encode())
+    write_bytes(report, render(read_json(out / "result.json")).encode())
     return report
 
 
@@ -229,7 +229,7 @@ def _made_per_second(rows: list[dict[str, float | None]]) -> float:
     return float(1000.0 * (ids[-1] - ids[0]) / (times[-1] - times[0]))
 
 
-def _report(result: dict[str, Any]) -> str:
+def render(result: dict[str, Any]) -> str:
     timing, made = result["timing"], result["provenance"]
     real, unpaced = min(result["seconds"], _REAL_S), min(result["seconds"], _UNPACED_S)
     kept = {name: keeps(timing[name], bar) for name, bar in BARS.items()}
