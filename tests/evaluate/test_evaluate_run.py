@@ -19,8 +19,10 @@ from small_dataset import QUICK, world_at
 from worldline.cli import main
 from worldline.core.errors import WorldlineError
 from worldline.core.files import read_json
-from worldline.data.lerobot import Dataset
+from worldline.data.lerobot import SIDECAR, Dataset, open_dataset
+from worldline.data.two_room import MAX_SPEED, RESPONSE
 from worldline.evaluate.run import EvaluateConfig, evaluate
+from worldline.evaluate.twins import NUDGE, twin_divergence
 from worldline.evaluate.windows import choose_windows
 from worldline.model.checkpoint import save_world
 from worldline.model.references import ACTIONS_ONLY, CARD, load_references
@@ -76,6 +78,7 @@ def test_two_processes_agree_and_report(dataset: Dataset, tmp_path: Path, capsys
     assert len(figures["long_rollouts"]["inside_curve"]) == 69
     assert len(figures["bound"]["error"]) == figures["windows"]["episodes"]
     assert figures["bound"]["held"] == 1.0
+    assert len(figures["twins"]["apart"]) == 20
     with np.load(first / "draws.npz") as draws:
         assert draws["windows"].shape == (220, 2)
         hri, h_star = figures["verdict"]["hri"]["10"], figures["verdict"]["h_star"]
@@ -89,6 +92,21 @@ def test_two_processes_agree_and_report(dataset: Dataset, tmp_path: Path, capsys
     assert not re.search(r"""(src|href)=["']?(http|//|/)""", html), "the page must need no other file"
     assert "#0072b2" not in html.split("</style>")[1], "figures take their colours from the page"
     assert (first / "filmstrip.png").stat().st_size > 10_000
+
+
+def test_twins_part_as_the_world_parts_them(dataset: Dataset, tmp_path: Path) -> None:
+    """In the open, two_room's agent answers a push within some steps, and then stays as far off as it was pushed."""
+    apart = np.median(twin_divergence(dataset, horizon=20, count=6), axis=0)
+    states = np.concatenate([dataset.state(e) for e in dataset.split("test")])[:, list(dataset.spec.factors[0].columns)]
+    pushed = [NUDGE * MAX_SPEED * dataset.actions(e).std(axis=0) / states.std(axis=0) for e in dataset.split("test")]
+    pushes = np.sqrt(np.square(pushed).mean(axis=1))
+    assert apart.shape == (20,)
+    for h, share in ((1, RESPONSE), (10, 1.0)):
+        assert 0.8 * share * pushes.min() < apart[h - 1] < 1.25 * share * pushes.max()
+    copy = shutil.copytree(dataset.path, tmp_path / "unknown")
+    (copy / SIDECAR).unlink()
+    with pytest.raises(WorldlineError, match="does not say how it was made"):
+        twin_divergence(open_dataset(copy), horizon=20, count=6)
 
 
 def test_the_reference_pack_is_kept_and_guarded(dataset: Dataset, tmp_path: Path) -> None:

@@ -208,7 +208,16 @@ def _latent_table(figures: dict[str, Any]) -> str:
         for kind, label in (("region", "radius"), ("cycle", "cycle distance")):
             found = ", ".join(f"{_value(c)} at {h}" for h, c in zip(gauge["at"], gauge[kind], strict=True))
             rows.append([f"rank correlation of the gauge's {label} with true error, within a horizon", found])
-    return _table(["figure", "value"], rows, text_columns=1)
+    return _table(["figure", "value"], [*rows, _twin_row(figures["twins"])], text_columns=1)
+
+
+def _twin_row(twins: dict[str, Any]) -> list[str]:
+    label = "the world itself: twins' distance, standard deviations of the state (median)"
+    if "left_out" in twins:
+        return [label, f"n/a: {escape(twins['left_out'])}"]
+    apart = twins["apart"]
+    shown = ", ".join(f"{apart[h - 1]:.2g} at {h}" for h in (1, 10, 25, 50, 100, 200) if h <= len(apart))
+    return [f"{label} after an action that differs by {twins['nudge']:g} of its own", shown]
 
 
 def _trust_table(figures: dict[str, Any]) -> str:
@@ -286,7 +295,9 @@ def _reproduce(figures: dict[str, Any]) -> str:
     config = figures["config"]
     words = ["worldline", "evaluate", config["checkpoint"], f"data={config['data']}"]
     words += [
-        f"{key}={config[key]}" for key in ("horizon", "windows", "seed", "twin", "compare") if config[key] is not None
+        f"{key}={config[key]}"
+        for key in ("horizon", "windows", "seed", "twins", "twin", "compare")
+        if config[key] is not None
     ]
     words += [f"{key}=true" for key in ("bounds", "allow_pickled_code") if config[key]]
     return (

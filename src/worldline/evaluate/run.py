@@ -27,6 +27,7 @@ from worldline.evaluate.ranking import nearest_multiple
 from worldline.evaluate.reliability import DRAWS, HORIZONS, VISIBLE_R2, Interval, paired_difference, rank_correlation
 from worldline.evaluate.report import write_report
 from worldline.evaluate.trust import measure_trust
+from worldline.evaluate.twins import NUDGE, twin_divergence
 from worldline.evaluate.windows import (
     Windows,
     choose_windows,
@@ -93,6 +94,9 @@ class EvaluateConfig:
     bounds: bool = False
     """Also measure how much each step can amplify an error, and estimate the bound on a rollout's error that follows:
     one or two minutes more."""
+    twins: int = 8
+    """Simulators that begin almost as recorded and then do the same, to see how fast the world itself parts such twins;
+    where the dataset's simulator is installed. 0 leaves them out."""
     allow_pickled_code: bool = False
     """Load a foreign checkpoint that is a pickle of Python objects, which runs whatever code its author put into it."""
 
@@ -176,6 +180,7 @@ def evaluate(config: EvaluateConfig) -> Path:
             "long_rollouts": long,
             "gauge": gauge,
             "trust": trust,
+            "twins": _twins(dataset, config),
         }
         if bound is not None:
             figures["bound"] = bound.to_figures()
@@ -322,6 +327,17 @@ def _long_rollouts(world: AnyWorld, cache: FrameCache, ours: Measurement) -> dic
         "inside_curve": [round(float(share), 4) for share in inside[::skip]],
         "median_radius_curve": [round(float(each), 4) for each in radius[::skip]],
     }
+
+
+def _twins(dataset: Dataset, config: EvaluateConfig) -> dict[str, Any]:
+    """Return the medians of what twins are apart, or why there are none."""
+    if not config.twins:
+        return {"left_out": "twins=0"}
+    try:
+        apart = twin_divergence(dataset, horizon=config.horizon, count=config.twins, seed=config.seed)
+    except WorldlineError as error:
+        return {"left_out": str(error)}
+    return {"count": len(apart), "nudge": NUDGE, "apart": [float(f"{x:.4g}") for x in np.median(apart, axis=0)]}
 
 
 def _bound(world: AnyWorld, cache: FrameCache, windows: Windows, ours: Measurement, config: EvaluateConfig) -> Bound:
