@@ -26,7 +26,7 @@ from worldline.core.progress import progress
 from worldline.core.result import provenance, write_result
 from worldline.train.cost import measure_costs
 
-_COST_ROUNDS = 2
+_COST_ROUNDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)

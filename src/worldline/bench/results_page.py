@@ -10,7 +10,7 @@ from worldline.core.files import read_json, write_bytes
 
 PARTS = {
     "System: on a microcontroller, beside TensorFlow Lite Micro": ("edge",),
-    "Stability: drift and planning": ("ablate", "vizdoom"),
+    "Stability: drift and planning": ("ablate", "pusht", "vizdoom"),
     "Scalability: feeding and training": ("loader", "feed", "bottleneck", "pretrain", "memory"),
 }
 """Each part with the names of its benchmarks, whose reports are `reports/DATE-NAME`."""
