@@ -60,7 +60,9 @@ class PlainStep:
             actions=world.spec.action_dim,
         )
         wanted = self.network.state_dict()
-        self.network.load_state_dict({name: t.clone() for name, t in world.state_dict().items() if name in wanted})
+        # on the windows of training, a GRU that begins anew from its context is a GRU
+        ours = {name.replace("predictor.gru.", "predictor."): t.clone() for name, t in world.state_dict().items()}
+        self.network.load_state_dict({name: t for name, t in ours.items() if name in wanted})
         self.loss: Callable[..., Tensor] = self.network
         self._frames, self._actions = batch.frames, world.normalise_actions(batch.actions)
         self._seed, self._latent_dim = config.seed, sizes.latent_dim
