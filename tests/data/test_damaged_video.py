@@ -96,8 +96,11 @@ def test_bytes_are_compared_when_a_video_is_first_read(codec: str, tmp_path: Pat
     assert np.array_equal(clips.read(np.array([0, in_b])), whole)
 
 
-@pytest.mark.parametrize("codec", ["raw", "source"])
-@pytest.mark.parametrize("name", ["index.npy", "episodes.parquet"])
+@pytest.mark.parametrize(
+    ("codec", "name"),
+    [(codec, name) for codec in ("raw", "source") for name in ("index.npy", "episodes.parquet")]
+    + [("source", "videos.npy"), ("source", "videos.jsonl")],
+)
 def test_a_table_that_is_missing_or_nonsense_is_told(codec: str, name: str, tmp_path: Path) -> None:
     source, path = tmp_path / "source", tmp_path / "out"
     source.mkdir()
@@ -105,7 +108,9 @@ def test_a_table_that_is_missing_or_nonsense_is_told(codec: str, name: str, tmp_
     ingest(IngestConfig(source=str(source), path=str(path), codec=codec, **SMALL))
 
     def opened() -> None:
-        open_clips(path).record()
+        clips = open_clips(path)
+        clips.record()
+        clips.read(np.array([0]))
 
     content = (path / name).read_bytes()
     for told, new in (("not a", b"nonsense"), ("not a", b""), ("not a", content[:-20]), ("missing", None)):

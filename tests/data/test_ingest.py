@@ -94,7 +94,7 @@ def test_two_workers_and_a_second_run_give_the_same_bytes(codec: str, good: dict
         for workers in (1, 2)
     ]
     assert tree(outs[0]) == tree(outs[1])
-    clips = {"jpeg": "shards/", "h264": "videos/"}[codec]
+    clips = {"jpeg": "shards/", "h264": "videos"}[codec]  # and what tells of them: videos.jsonl, videos.npy
     there = {name for name in tree(outs[0]) if not name.startswith(clips)}
     assert there == {"clips.json", "episodes.parquet", "index.npy", "ledger.parquet", "shards.npy"}
 

@@ -28,7 +28,7 @@ from worldline.core.files import read_json, write_bytes, write_json
 from worldline.core.progress import progress
 from worldline.core.result import write_result
 from worldline.data.clip_cache import INDEX, SCHEMA, shard_path
-from worldline.data.clip_videos import VideoClips, video_path
+from worldline.data.clip_videos import Video, VideoClips, video_path, write_videos
 from worldline.data.clips import CARD, IN_TABLES, Clips, open_clips, read_card
 from worldline.data.collect import CollectConfig, collect
 from worldline.data.ingest import IngestConfig, ingest
@@ -59,7 +59,7 @@ class LoaderBenchConfig:
     """Turns of the cost curve; each way of keeping clips reads four in each."""
     index_clips: int = 10_000_000
     """Clips of the index whose memory is measured."""
-    video_clips: int = 1_000_000
+    video_clips: int = 10_000_000
     """The same where they are decoded out of videos, four out of each."""
     reports: str = "reports"
     """Where `DATE-loader/` is written."""
@@ -242,8 +242,8 @@ before = resident()
 started = time.perf_counter()
 clips = open_clips(sys.argv[1])
 opened = time.perf_counter() - started
-index = clips._index if hasattr(clips, "_index") else clips._stamps
-total = int(index.view("u4").sum(dtype="u8"))
+arrays = [clips._index] if hasattr(clips, "_index") else [clips._stamps, clips._firsts, clips._places]
+total = sum(int(array.view("u4").sum(dtype="u8")) for array in arrays)
 clips._verified[:] = 1
 print(json.dumps({"bytes": resident() - before, "opened_seconds": opened, "total": total}))
 """
@@ -268,21 +268,13 @@ def measure_video_index(folder: Path, num_clips: int, codec: str, clips_each: in
     """Return the same of clips that are decoded out of videos, under names as long as Kinetics has them."""
     if not Path("/proc/self/status").exists():
         return None
-    for name, videos in (("large", num_clips // clips_each), ("small", 1)):
-        files = [video_path(Path(), item) for item in range(videos)] if codec == "h264" else []
-        path = _made(folder / f"{codec}-{name}", codec, videos * clips_each, files)
-        np.save(path / "index.npy", np.arange(videos * clips_each))
-        items = pa.array(np.arange(videos))
-        table = {
-            "item": items,
-            "path": pa.array(
-                [f"train/playing harmonica/abcdefg{item:04x}_000012_000022.mp4" for item in range(videos)]
-            ),
-            "first_clip": pa.array(np.arange(videos) * clips_each),
-            "seekable": pa.array(np.ones(videos, bool)),
-            "sha256": pa.array([hashlib.sha256(str(item).encode()).hexdigest() for item in range(videos)]),
-        }
-        pq.write_table(pa.table(table), path / "episodes.parquet", compression="zstd")
+    for name, count in (("large", num_clips // clips_each), ("small", 1)):
+        path = _made(folder / f"{codec}-{name}", codec, count * clips_each, [])
+        np.save(path / "index.npy", np.arange(count * clips_each))
+        kinetics = "train/playing harmonica/abcdefg{:04x}_000012_000022.mp4"
+        paths = (str(video_path(Path(), item)) if codec == "h264" else kinetics.format(item) for item in range(count))
+        videos = (Video(path, hashlib.sha256(path.encode()).hexdigest(), True) for path in paths)
+        write_videos(path, ((item * clips_each, video) for item, video in enumerate(videos)), count * clips_each)
     return {"codec": codec, "clips": num_clips, "clips_each": clips_each, **_opened(folder / codec, num_clips)}
 
 

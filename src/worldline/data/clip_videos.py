@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Int64, UInt8
 
 from worldline.core.errors import WorldlineError
-from worldline.core.files import sha256_file
-from worldline.data.clips import (
-    Clips,
-    Record,
-    check_ids,
-    load_array,
-    open_clips,
-    read_record,
-    read_table,
-    without_files,
-)
+from worldline.core.files import atomic_path, sha256_file
+from worldline.data.clips import Clips, Record, check_ids, load_array, open_clips, read_record, without_files
 from worldline.data.footage import Fit, Unusable, VideoFootage, check_file
 from worldline.data.sources import as_on_disk
 
-_DIGITS = 16
-"""Of a SHA-256 in hex that are kept in memory: damage that goes unnoticed is one case in 2^64."""
+VIDEO_FILES = ("videos.jsonl", "videos.npy")
+
+
+class Video(NamedTuple):
+    """What a reader must know of a video; a line of `videos.jsonl`."""
+
+    path: str
+    """Below the source's root, or (`h264`) below the clips' own folder."""
+    sha256: str
+    seekable: bool
+    """Whether the container finds a time stamp."""
+
+
+def write_videos(root: Path, videos: Iterable[tuple[int, Video]], num_clips: int) -> None:
+    """Write `videos.jsonl`, and `videos.npy` (2, v + 1): number of each video's first clip, and where its line begins.
+
+    `videos` gives that number with each video, and it rises.
+    """
+    firsts, places = [], [0]
+    with atomic_path(root / "videos.jsonl") as temporary, open(temporary, "wb") as file:
+        for first, video in videos:
+            firsts.append(first)
+            places.append(places[-1] + file.write(json.dumps(video._asdict()).encode() + b"\n"))
+    with atomic_path(root / "videos.npy") as temporary, open(temporary, "wb") as file:
+        np.save(file, np.array([[*firsts, num_clips], places], dtype="<i8"))
 
 
 def video_path(root: Path, item: int) -> Path:
@@ -38,7 +51,7 @@ def video_path(root: Path, item: int) -> Path:
 class VideoClips:
     """What `worldline ingest codec=source` or `codec=h264` wrote: a time stamp of each clip's first frame.
 
-    Memory holds 8 bytes a clip, mapped from the file, and up to 200 bytes a video.
+    Memory holds 8 bytes a clip and 16 bytes a video, mapped from files, and a byte a video.
     """
 
     def __init__(self, path: Path, card: dict[str, Any]) -> None:
@@ -48,20 +61,10 @@ class VideoClips:
         self._stride = int(card["stride"])
         self._hop = int(card["ingest"]["hop"] or self.num_frames * self._stride)
         self._stamps = load_array(path / "index.npy", mapped=True)
-        columns = ["first_clip", "item", "seekable", "path", "sha256"]
-        table = read_table(path / "episodes.parquet", columns)
-        self._firsts, self._items, self._seekable = (table[name].to_numpy() for name in columns[:3])
-        self._paths = table["path"]
-        if len(self._stamps) != self.num_clips:
+        self._firsts, self._places = load_array(path / "videos.npy", mapped=True)
+        if len(self._stamps) != self.num_clips or self._firsts[-1] != self.num_clips:
             raise WorldlineError(f"{path}: index and card tell of different numbers of clips; copy it again")
-        digests = pc.utf8_slice_codeunits(table["sha256"], 0, _DIGITS)
-        if self.card["codec"] == "h264":  # of what lies here, and not of its source
-            files, self._paths = card["files"], None
-            digests = [files[video_path(Path(), item).as_posix()][:_DIGITS] for item in self._items.tolist()]
-        self._digests = np.array(digests, dtype=f"S{_DIGITS}")
-        self._verified = np.zeros(len(table), dtype=bool)
-        del table
-        pa.default_memory_pool().release_unused()
+        self._verified = np.zeros(len(self._places) - 1, dtype=bool)
 
     def __reduce__(self) -> tuple[Callable[[Path], Clips], tuple[Path]]:
         return open_clips, (self.path.absolute(),)
@@ -77,11 +80,12 @@ class VideoClips:
         clips = np.empty((len(ids), self.num_frames, size, size, 3), dtype=np.uint8)
         episodes = np.searchsorted(self._firsts, ids, side="right") - 1
         for row, (clip, episode) in enumerate(zip(ids.tolist(), episodes.tolist(), strict=True)):
-            path = self._path_of(episode)
+            video = self._video(episode)
+            path = self._path_of(video)
             start = (clip - int(self._firsts[episode])) * self._hop
             try:
-                self._verify(episode, path)
-                found = self._seekable[episode] and self._read_from(path, int(self._stamps[clip]), clips[row], fit)
+                self._verify(episode, path, video.sha256)
+                found = video.seekable and self._read_from(path, int(self._stamps[clip]), clips[row], fit)
                 if not found and not self._read_counting(path, start, clips[row], fit):
                     raise Unusable("truncated", f"clip {clip} begins at frame {start}")
             except Unusable as error:
@@ -91,14 +95,25 @@ class VideoClips:
     def record(self) -> Record:
         return read_record(self.path)
 
-    def _path_of(self, episode: int) -> Path:
-        if self.card["codec"] == "h264":
-            return video_path(self.path, int(self._items[episode]))
-        told = str(self._paths[episode].as_py())
-        path = Path(self.card["root"]) / told
-        return path if path.exists() else Path(self.card["root"]) / as_on_disk(told)
+    def _video(self, episode: int) -> Video:
+        here, end = self._places[episode : episode + 2].tolist()
+        path = self.path / "videos.jsonl"
+        try:
+            with open(path, "rb") as file:
+                file.seek(here)
+                return Video(**json.loads(file.read(end - here)))
+        except FileNotFoundError:
+            raise WorldlineError(f"{path}: missing; copy the clips again") from None
+        except (ValueError, TypeError):
+            raise WorldlineError(f"{path}: not a list of videos (byte {here}); copy the clips again") from None
 
-    def _verify(self, episode: int, path: Path) -> None:
+    def _path_of(self, video: Video) -> Path:
+        if self.card["codec"] == "h264":
+            return self.path / video.path
+        path = Path(self.card["root"]) / video.path
+        return path if path.exists() else Path(self.card["root"]) / as_on_disk(video.path)
+
+    def _verify(self, episode: int, path: Path, sha256: str) -> None:
         """Compare a video's bytes with their checksum, once."""
         if self._verified[episode]:
             return
@@ -107,7 +122,7 @@ class VideoClips:
             digest = sha256_file(path)
         except OSError as error:
             raise Unusable("unreadable", error.strerror or "") from None
-        if not digest.startswith(self._digests[episode].decode()):
+        if digest != sha256:
             raise Unusable("damaged", "its bytes are others")
         self._verified[episode] = True
 

@@ -26,6 +26,7 @@ from worldline.core.errors import WorldlineError, differing, require_at_least
 from worldline.core.files import atomic_path, fsync_directory, read_json, sha256_file, write_json
 from worldline.core.progress import progress
 from worldline.data.clip_cache import INDEX
+from worldline.data.clip_videos import VIDEO_FILES, Video, video_path, write_videos
 from worldline.data.clips import CARD, IN_TABLES, VERSION
 from worldline.data.shard_work import ShardMaker, notes_path, plan_path
 from worldline.data.sources import Layout, list_source, printable
@@ -236,9 +237,11 @@ def _assemble(staging: Path, config: IngestConfig, plan: dict[str, Any]) -> None
     with atomic_path(staging / "shards.npy") as temporary, open(temporary, "wb") as file:
         np.save(file, firsts)
     _write_rows(staging / "episodes.parquet", EPISODES, _rows(staging, plan, "episodes"))
-    folders = ("shards", "videos")
-    paths = sorted(p for folder in folders for p in (staging / folder).rglob("*") if p.is_file() and p.name[0] != ".")
+    paths = [p for p in sorted((staging / "shards").rglob("*")) if p.is_file() and p.name[0] != "."]
     paths += [staging / name for name in ("index.npy", "shards.npy", "episodes.parquet", "ledger.parquet")]
+    if config.codec not in IN_TABLES:  # these files have the hash of each video
+        write_videos(staging, _videos(staging, config.codec, _rows(staging, plan, "episodes")), num_clips)
+        paths += [staging / name for name in VIDEO_FILES]
     files = {file.relative_to(staging).as_posix(): sha256_file(file) for file in paths}
     identity = config.identity()
     decisive = {key: value for key, value in identity.items() if key not in ("source", "items_per_shard")}
@@ -272,6 +275,15 @@ def _rows(staging: Path, plan: dict[str, Any], kind: str) -> Iterator[dict[str, 
                 row["first_clip"] = first
                 first += row["num_clips"]
             yield {key: printable(value) if isinstance(value, str) else value for key, value in row.items()}
+
+
+def _videos(root: Path, codec: str, episodes: Iterator[dict[str, Any]]) -> Iterator[tuple[int, Video]]:
+    for row in episodes:
+        path, sha256 = row["path"], row["sha256"]
+        if codec == "h264":  # of what lies here, and not of its source
+            path = video_path(Path(), row["item"]).as_posix()
+            sha256 = sha256_file(root / path)
+        yield row["first_clip"], Video(path, sha256, row["seekable"])
 
 
 def _write_rows(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> int:
