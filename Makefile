@@ -35,10 +35,10 @@ test: $(DEV_STAMP) debian
 	find src/worldline/tinyengine -name '*pp' -exec $(BIN)/clang-format --dry-run --Werror {} +
 	$(BIN)/clang-tidy --quiet $$(find src/worldline/tinyengine -name '*.cpp' ! -name startup.cpp) -- \
 		-std=c++17 -fno-exceptions -fno-rtti -I src/worldline/tinyengine/firmware/host -DTINYENGINE_SCALAR
-	$(BIN)/python -m pytest -n 2 -m "not ray"
+	$(BIN)/python -m pytest -n 2 -m "not ray" --junitxml=build/tests.xml
 
 test-ray: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -m ray --junitxml=build/tests-ray.xml
 
 bench: $(DEV_STAMP)
 	$(BIN)/worldline bench
