@@ -113,7 +113,10 @@ def test_a_table_that_is_missing_or_nonsense_is_told(codec: str, name: str, tmp_
         clips.read(np.array([0]))
 
     content = (path / name).read_bytes()
-    for told, new in (("not a", b"nonsense"), ("not a", b""), ("not a", content[:-20]), ("missing", None)):
+    spoiled = [("not a", b"nonsense"), ("not a", b""), ("not a", content[:-20]), ("missing", None)]
+    if name == "videos.npy":
+        spoiled.append(("not an index", (path / "index.npy").read_bytes()))  # an array, of another shape
+    for told, new in spoiled:
         (path / name).unlink() if new is None else (path / name).write_bytes(new)
         with pytest.raises(WorldlineError, match=rf"{name}: {told}.*; copy the clips again"):
             opened()

@@ -16,7 +16,7 @@ from worldline.data.clips import Clips, Record, check_ids, load_array, open_clip
 from worldline.data.footage import Fit, Unusable, VideoFootage, check_file
 from worldline.data.sources import as_on_disk
 
-VIDEO_FILES = ("videos.jsonl", "videos.npy")
+VIDEO_FILES = _LINES, _TABLE = "videos.jsonl", "videos.npy"
 
 
 class Video(NamedTuple):
@@ -35,11 +35,11 @@ def write_videos(root: Path, videos: Iterable[tuple[int, Video]], num_clips: int
     `videos` gives that number with each video, and it rises.
     """
     firsts, places = [], [0]
-    with atomic_path(root / "videos.jsonl") as temporary, open(temporary, "wb") as file:
+    with atomic_path(root / _LINES) as temporary, open(temporary, "wb") as file:
         for first, video in videos:
             firsts.append(first)
             places.append(places[-1] + file.write(json.dumps(video._asdict()).encode() + b"\n"))
-    with atomic_path(root / "videos.npy") as temporary, open(temporary, "wb") as file:
+    with atomic_path(root / _TABLE) as temporary, open(temporary, "wb") as file:
         np.save(file, np.array([[*firsts, num_clips], places], dtype="<i8"))
 
 
@@ -61,7 +61,10 @@ class VideoClips:
         self._stride = int(card["stride"])
         self._hop = int(card["ingest"]["hop"] or self.num_frames * self._stride)
         self._stamps = load_array(path / "index.npy", mapped=True)
-        self._firsts, self._places = load_array(path / "videos.npy", mapped=True)
+        table = load_array(path / _TABLE, mapped=True)
+        if table.shape[:-1] != (2,):
+            raise WorldlineError(f"{path / _TABLE}: not an index (its shape is {table.shape}); copy the clips again")
+        self._firsts, self._places = table
         if len(self._stamps) != self.num_clips or self._firsts[-1] != self.num_clips:
             raise WorldlineError(f"{path}: index and card tell of different numbers of clips; copy it again")
         self._verified = np.zeros(len(self._places) - 1, dtype=bool)
@@ -97,7 +100,7 @@ class VideoClips:
 
     def _video(self, episode: int) -> Video:
         here, end = self._places[episode : episode + 2].tolist()
-        path = self.path / "videos.jsonl"
+        path = self.path / _LINES
         try:
             with open(path, "rb") as file:
                 file.seek(here)
