@@ -10,6 +10,7 @@ import pytest
 
 from worldline.bench.ablate import AblateConfig, run
 from worldline.bench.ablate_bars import judge
+from worldline.bench.ablate_figures import draw
 from worldline.bench.ablate_report import summarise
 from worldline.core.errors import WorldlineError
 from worldline.core.files import read_json
@@ -122,6 +123,12 @@ def test_a_grid_is_trained_once_and_told_in_full(tmp_path: Path, monkeypatch: py
     assert "`edge`: not yet measured" in published
     (frontier,) = re.findall(r"\]\((.*frontier\.svg)\)", published)
     assert Path("docs", frontier).read_text().startswith("<svg")
+    with_term = {
+        **result,
+        "config": {**result["config"], "terms": ["part: joint.sigreg=0"]},
+        "runs": [*result["runs"], {**ours, "variant": "part"}],
+    }
+    assert [name for name, svg in draw(with_term).items() if ">part<" in svg] == ["terms"]
 
     # other options of a later stage: only that one is run again
     done = [places["lewm"] / name for name in ("result.json", "evaluation/result.json")]

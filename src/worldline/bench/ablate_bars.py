@@ -33,12 +33,10 @@ class Bar(NamedTuple):
 def judge(result: dict[str, Any]) -> list[Bar]:
     """Hold the first variant to its bars: against each other variant (the terms are none), and by itself.
 
-    In planning the terms count that are recipes of their own: their options name another `objective`.
+    In planning the terms count that are recipes of their own.
     """
-    ours, horizon, config = result["ours"], result["horizon"], result["config"]
-    names = [named(text)[0] for text in config["variants"]]
-    recipe = _objective(config["variants"][0])
-    recipes = {*names, *(named(text)[0] for text in config["terms"] if _objective(text) != recipe)}
+    ours, horizon = result["ours"], result["horizon"]
+    names, recipes = [named(text)[0] for text in result["config"]["variants"]], recipes_of(result["config"])
     bars = []
     for world in dict.fromkeys(row["world"] for row in result["runs"]):
         rows = [row for row in result["runs"] if row["world"] == world]
@@ -115,6 +113,12 @@ def judge(result: dict[str, Any]) -> list[Bar]:
         if mine and "success" in mine[0]:
             bars += _planning_bars(world, ours, [pair for pair in here if pair["variant"] in recipes], rows)
     return bars
+
+
+def recipes_of(config: dict[str, Any]) -> list[str]:
+    """Return the names of the variants, and of the terms whose options name another `objective` than the first's."""
+    ours = _objective(config["variants"][0])
+    return [named(text)[0] for text in (*config["variants"], *(t for t in config["terms"] if _objective(t) != ours))]
 
 
 def named(text: str) -> tuple[str, str]:

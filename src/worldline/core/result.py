@@ -19,10 +19,11 @@ _PACKAGES = ("worldline", "torch", "numpy", "pyarrow", "av", "gym-pusht", "pymun
 def provenance() -> dict[str, Any]:
     """Return commit, command, versions, machine and time of this process.
 
-    `commit` is None outside a git checkout of the project; `-dirty` is appended when tracked files differ from it.
+    `command` tells paths below the working directory without it. `commit` is None outside a git checkout of the
+    project; `-dirty` is appended when tracked files differ from it.
     """
     return {
-        "command": shlex.join([_program(), *sys.argv[1:]]),
+        "command": shlex.join([_program(), *(word.replace(f"{Path.cwd()}/", "") for word in sys.argv[1:])]),
         "commit": _commit(),
         "machine": {"processor": _processor(), "cores": _cores(), "system": platform.platform(terse=True)},
         "python": platform.python_version(),
@@ -37,9 +38,9 @@ def write_result(path: str | Path, kind: str, figures: dict[str, Any], timing: d
 
 
 def _program() -> str:
-    """Return what was typed: a package that was run with `python -m` has its own file as name."""
+    """Return the command's name, also where its package was run with `python -m`."""
     program = Path(sys.argv[0])
-    return f"{Path(sys.executable).name} -m {program.parent.name}" if program.name == "__main__.py" else program.name
+    return program.parent.name if program.name == "__main__.py" else program.name
 
 
 def _version(name: str) -> str | None:
