@@ -112,7 +112,7 @@ def _terms(ours: list[dict[str, Any]], terms: list[dict[str, Any]], colours: dic
                 if value is next(iter(heads.values())):
                     ax.plot([row["hri"]["low"], row["hri"]["high"]], [y, y], color=colour, lw=1.5, alpha=0.6)
                 ax.plot(value(row), y, _MARK[row["invalid"] is None], color=colour, ms=5)
-                if row["variant"] == ours[0]["variant"]:
+                if row in ours:
                     ax.axvline(value(row), color="#c1c2c3", lw=1, zorder=0)
             ax.set(xlabel=head, xlim=(-0.03, 1.06) if "%" not in head else (-3, 106), ylim=(len(names) - 0.5, -0.5))
         line[0].set(title=world)
