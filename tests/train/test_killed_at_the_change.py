@@ -1,5 +1,6 @@
 """kill -9 around the change from the joint to the frozen stage, in a real process, at moments that are hit exactly."""
 
+import json
 import os
 import signal
 import subprocess
@@ -65,3 +66,7 @@ def test_killed_at_every_moment_of_the_change_it_finishes_with_the_same_bytes(
             assert (run / link / file).read_bytes() == (finished_run / link / file).read_bytes(), (link, file)
     left, wanted = ([p.name for p in (place / "checkpoints").iterdir()] for place in (run, finished_run))
     assert sorted(left) == sorted(wanted)
+    # what it took is counted through all of its ends
+    spent = [json.loads(line)["cpu_seconds"] for line in (run / "timing.jsonl").read_text().splitlines()]
+    assert spent == sorted(spent)
+    assert json.loads((run / "result.json").read_text())["timing"]["cpu_seconds"] > spent[-1] > 2 * spent[0]

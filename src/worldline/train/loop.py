@@ -78,6 +78,23 @@ def train(config: TrainConfig) -> Path:
     return config.path
 
 
+class Clock:
+    """What a run took, interrupted or not: since this process began it, and before, up to its last checkpoint."""
+
+    def __init__(self) -> None:
+        self._began = {"seconds": time.monotonic(), "cpu_seconds": time.process_time()}
+
+    def spent(self) -> dict[str, float]:
+        now = {"seconds": time.monotonic(), "cpu_seconds": time.process_time()}
+        return {name: now[name] - began for name, began in self._began.items()}
+
+    def go_on(self, timings: Path) -> None:
+        """Count as spent what the last of the timings says, too."""
+        before = json.loads(timings.read_text().splitlines()[-1])
+        for name in self._began:
+            self._began[name] -= before[name]
+
+
 class Training:
     """A run in progress: the world, what optimises it, and how far it has come."""
 
@@ -99,6 +116,7 @@ class Training:
         self.tracker: Tracker
         self._restored: dict[str, Tensor] = {}
         self.step, self.best_step = 0, 0
+        self.clock: Clock
         self.best_score: float | None = None
         self.card = {
             "provenance": provenance(),
@@ -109,9 +127,8 @@ class Training:
         }
 
     def run(self) -> None:
-        started, spent = time.monotonic(), time.process_time()
+        self.clock = Clock()
         self._restore()
-        resumed_at = self.step
         total, config = total_steps(self.config), self.config
         tracker = open_tracker(config.track, config.path, config.to_json(), config.track_project, self.step)
         with closing(tracker) as self.tracker:
@@ -120,8 +137,7 @@ class Training:
                     self._run_stage(task)
                 if self.step < total:
                     self._run_stage(task)
-            timing = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - spent}
-            self._finish(timing | {"resumed_at": resumed_at})
+            self._finish()
             self.tracker.finish("world", sorted(find_world(config.path).iterdir()))
 
     def _run_stage(self, task: Task) -> None:
@@ -144,7 +160,8 @@ class Training:
                     self._log(METRICS, {"stage": name, **means, "gradient_norm": gradient})
                     elapsed = time.perf_counter() - mark
                     wait = batches.waited_seconds - waited
-                    self._log(TIMING, {"updates_per_second": count / elapsed, "loader_share": wait / elapsed})
+                    rates = {"updates_per_second": count / elapsed, "loader_share": wait / elapsed}
+                    self._log(TIMING, {**rates, **self.clock.spent()})
                     sums, count, waited = Terms(), 0, batches.waited_seconds
                     if saves:
                         self._checkpoint(name, stage, ends)
@@ -260,6 +277,8 @@ class Training:
             print(f"{self.config.path}: going on from step {self.step}")
         for name in (METRICS, TIMING):
             truncate_lines(self.config.path / name, self.step)
+        if self.step:
+            self.clock.go_on(self.config.path / TIMING)
 
     def _fit_gauge(self, world: World) -> None:
         was_training = world.training
@@ -279,8 +298,8 @@ class Training:
         append_line(self.config.path / file, {"step": self.step, **line})
         self.tracker.numbers(self.step, flatten(line, "timing/" if file == TIMING else ""))
 
-    def _finish(self, timing: dict[str, float]) -> None:
-        """Write the result, with the time since `resumed_at`, and say what lies where."""
+    def _finish(self) -> None:
+        """Write the result and say what lies where."""
         lines = [json.loads(line) for line in (self.config.path / METRICS).read_text().splitlines()]
         validations = {line["step"]: line["validation"] for line in lines if "validation" in line}
         best = load_world(self.config.path)
@@ -295,7 +314,7 @@ class Training:
             "data": self.card["data"],
             "config": self.config.to_json(),
         }
-        write_result(self.config.path / RESULT, "training", figures, timing)
+        write_result(self.config.path / RESULT, "training", figures, self.clock.spent())
         shown = ", ".join(
             f"{k} {v:.4f}" for k, v in figures["validation"].items() if k.startswith(("rollout", "error"))
         )
