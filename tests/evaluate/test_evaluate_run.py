@@ -74,8 +74,13 @@ def test_two_processes_agree_and_report(dataset: Dataset, tmp_path: Path, capsys
         "mean",
     }
     assert set(figures["compare"]["hri_difference"]) == {"10"}
-    assert figures["long_rollouts"]["steps"] == 70 - 2
-    assert len(figures["long_rollouts"]["inside_curve"]) == 69
+    long = figures["long_rollouts"]
+    assert long["steps"] == 70 - 2
+    for curve in ("inside", "median_radius"):
+        imagined, real = long[f"{curve}_curve"], long[f"{curve}_real_curve"]
+        assert len(imagined) == len(real) == 69
+        assert imagined[0] == real[0]  # where imagination starts
+        assert imagined != real
     assert len(figures["bound"]["error"]) == figures["windows"]["episodes"]
     assert figures["bound"]["held"] == 1.0
     assert len(figures["twins"]["apart"]) == 20

@@ -96,12 +96,12 @@ def long_chart(figures: dict[str, Any]) -> str:
         figure = Figure(figsize=(10.4, 2.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         h = np.arange(len(long["inside_curve"])) * long["every"]
-        left.plot(h, 100 * np.array(long["inside_curve"]), color=DREAM, lw=2)
-        left.axhline(100 * figures["latents"]["share_inside_real"], color=TRUTH, lw=1.4)
+        left.plot(h, 100 * np.array(long["inside_real_curve"]), color=TRUTH, lw=1.2, label="the real latents there")
+        left.plot(h, 100 * np.array(long["inside_curve"]), color=DREAM, lw=2, label="imagination")
+        left.legend(loc="lower left", fontsize=9)
         left.set(ylabel="inside real region, %", ylim=(0, 103))
+        right.plot(h, long["median_radius_real_curve"], color=TRUTH, lw=1.2)
         right.plot(h, np.clip(long["median_radius_curve"], 0, 10), color=DREAM, lw=2)
-        right.axhline(1, color=TRUTH, lw=1.4)
-        right.text(h[-1], 1, "real latents", color=TRUTH, ha="right", va="bottom", fontsize=9)
         right.set(ylabel="median radius, real = 1", ylim=(0, None))
         for ax in (left, right):
             ax.set(xlabel="horizon h, steps", xlim=(0, max(h[-1], 1)))

@@ -199,7 +199,9 @@ def _latent_table(figures: dict[str, Any]) -> str:
         [
             f"inside the real region after {long['steps']} steps"
             + ("" if long["steps"] >= long["wanted_steps"] else f" (no test episode has {long['wanted_steps']:,})"),
-            f"{100 * long['inside'][-1]:.0f} %, median radius {long['median_radius'][-1]:.2f} of real",
+            f"{100 * long['inside'][-1]:.0f} %, median radius {long['median_radius'][-1]:.2f} of real "
+            f"(the {long['episodes']} real latents there: {100 * long['inside_real'][-1]:.0f} %, "
+            f"{long['median_radius_real'][-1]:.2f})",
         ],
     ]
     if gauge is None:

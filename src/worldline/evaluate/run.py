@@ -305,7 +305,10 @@ def _compare(ours: Measurement, other: Measurement, config: EvaluateConfig) -> d
 
 
 def _long_rollouts(world: AnyWorld, cache: FrameCache, ours: Measurement) -> dict[str, Any]:
-    """Roll out whole test episodes, to 1,000 steps where they are that long, and see whether latents stay at home."""
+    """Roll out whole test episodes, to 1,000 steps where they are that long, and see whether latents stay at home.
+
+    Beside them stand the real latents of the same episodes at the same steps: how far so few stray by chance.
+    """
     dataset, context, skip = cache.dataset, context_frames(world), frame_skip(world)
     longest = max(dataset.lengths[e] for e in dataset.split("test")) - context
     steps = min(_LONG, longest)
@@ -314,6 +317,10 @@ def _long_rollouts(world: AnyWorld, cache: FrameCache, ours: Measurement) -> dic
     actions = np.stack([dataset.actions(e)[: context - 1 + steps] for e in episodes])
     imagined = imagine(world, z, actions[:, : context - 1], actions[:, context - 1 :])
     inside, radius = describe_region(ours.whitening, ours.latents, imagined)
+    # every frame once, after all was imagined: a model is shown no future
+    frames = [cache.frames(e, context - 1, steps + 1)[::skip] for e in episodes]
+    real = np.stack([encode_frames(world, each) for each in frames])
+    inside_real, radius_real = describe_region(ours.whitening, ours.latents, real)
     marks = sorted({nearest_multiple(h, skip) for h in (1, 10, 25, 50, 100, 200, 300, 500, 700, 1000)})
     marks = [h for h in marks if h <= steps]
     return {
@@ -323,9 +330,13 @@ def _long_rollouts(world: AnyWorld, cache: FrameCache, ours: Measurement) -> dic
         "at": marks,
         "inside": [round(float(inside[h]), 4) for h in marks],
         "median_radius": [round(float(radius[h]), 4) for h in marks],
+        "inside_real": [round(float(inside_real[h // skip]), 4) for h in marks],
+        "median_radius_real": [round(float(radius_real[h // skip]), 4) for h in marks],
         "every": skip,
         "inside_curve": [round(float(share), 4) for share in inside[::skip]],
         "median_radius_curve": [round(float(each), 4) for each in radius[::skip]],
+        "inside_real_curve": [round(float(share), 4) for share in inside_real],
+        "median_radius_real_curve": [round(float(each), 4) for each in radius_real],
     }
 
 
