@@ -187,7 +187,8 @@ def _evaluate(config: Any, flags: set[str]) -> int:
                 f"{dataset.spec.name}; evaluate it on data of its own world"
             )
         context = 2 if world is None else world.config.context
-        choose_windows(dataset, context=context, horizon=config.horizon, count=config.windows)
+        scored = open_dataset(config.test) if config.test else None
+        choose_windows(dataset, context=context, horizon=config.horizon, count=config.windows, scored=scored)
         print(f"{dataset.path} has no reference pack yet; making it, once")
         make_references(dataset)
     out = evaluate(config)

@@ -28,6 +28,7 @@ GRID = AblateConfig(
     minutes=0.08,
     workers=2,
     publish="docs/published.md",
+    test="episodes=8 steps=60 seed=1",
     evaluate="horizon=10 windows=200 draws=100 train_frames=500 validation_frames=200",
     evaluate_first="bounds=true",
     plan="offsets=[5,10] starts=3 planner_seeds=2 planner.samples=8 planner.iterations=2 planner.elites=2 "
@@ -47,7 +48,8 @@ def test_bars_are_kept_or_not(kept: bool) -> None:
     def row(variant: str, seed: int, success: float, radius: float) -> dict:
         factors = {"seen": {"kept": 0.8 if kept else 0.78, "canonical": 0.99}, "unseen": {"kept": 0, "canonical": 0.5}}
         return {"world": "w", "variant": variant, "seed": seed, "long_steps": 1000, "inside": (0.96, 0.99)[seed],
-                "median_radius": radius, "factors": factors, "success": {"25": success, "75": success},
+                "median_radius": radius, "inside_real": 0.98, "median_radius_real": 1.02,
+                "growth": 1.9, "factors": factors, "success": {"25": success, "75": success},
                 "cpu_seconds": 100 if variant == "a" or kept else 94}  # fmt: skip
 
     interval = {"low": 0.1, "value": 0.2, "high": 0.3, "each": [0.2, 0.1 if kept else -0.1]}
@@ -100,6 +102,7 @@ def test_a_grid_is_trained_once_and_told_in_full(tmp_path: Path, monkeypatch: py
     for row in result["runs"]:
         place = places[row["variant"]]
         told = read_json(place / "evaluation/result.json")
+        assert told["dataset"]["test"]["episodes"] == told["windows"]["episodes"] == row["episodes"] == 8
         assert row["hri"] == told["verdict"]["hri"]["10"]
         assert row["error"] == pytest.approx(told["latents"]["error"], rel=1e-4)
         assert row["success"]["10"] == read_json(place / "planning/result.json")["success"]["world"]["10"]["value"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -98,6 +99,31 @@ class Replay(Honest):
         at, again = state.more
         z = self.memory[(at + 1).clamp(max=len(self.memory) - 1)]
         return State(torch.where(again[:, None], 0.5, z), (at + 1, again))
+
+
+told = [torch.zeros(0, 2)]
+
+
+class Gossip(Honest):
+    """What came after this very moment, if any model of this module was shown it, as long as the actions fit it."""
+    def encode(self, frames):
+        z = see(frames)[0]
+        told[0] = torch.cat([told[0], z])
+        return z
+    def begin(self, z, actions):
+        first, second = told[0][:-1], told[0][1:]
+        pairs = torch.cat([first, second], dim=1)
+        apart = torch.cdist(z.flatten(1), pairs, compute_mode="donot_use_mm_for_euclid_dist")
+        strides = torch.nn.functional.pad((second - first).norm(dim=1).nan_to_num(9.0), (0, 20), value=9.0)
+        whole = strides.unfold(0, 20, 1).amax(dim=1)[1:]  # small where what follows is one stretch of an episode
+        at = (1e3 * (apart.nan_to_num(torch.inf) > 1e-6) + whole).argmin(dim=1) + 1
+        return State(z[:, 1], (at, torch.zeros(len(z)), 0))
+    def step(self, state, action):
+        at, off, n = state.more
+        z = told[0][(at + 1).clamp(max=len(told[0]) - 1)]
+        off = off + (z - told[0][at.clamp(max=len(told[0]) - 1)] - MAX_SPEED * action).norm(dim=1)
+        z = torch.where((off / (n + 1) > 0.02)[:, None], 0.5, z)
+        return State(z, (at + 1, off, n + 1))
 '''
 
 
@@ -109,9 +135,13 @@ def judge(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return partial(verdict, dataset.path)
 
 
-def verdict(data: Path, model: str) -> dict[str, Any]:
-    config = EvaluateConfig(checkpoint=f"brought:{model}", data=str(data), horizon=20, windows=220, draws=100)
+def verdict(data: Path, model: str, compare: str | None = None) -> dict[str, Any]:
+    """Return what `model` gets, or what the other does that it is compared with."""
+    config = EvaluateConfig(
+        checkpoint=f"brought:{model}", data=str(data), horizon=20, windows=220, draws=100, compare=compare
+    )
     figures = read_json(evaluate(config) / "result.json")
+    figures = figures["compare"] if compare else figures
     return figures["verdict"] | {"hri": figures["verdict"]["hri"]["10"]["value"], "agent": figures["factors"]["agent"]}
 
 
@@ -138,6 +168,10 @@ def test_a_cheat_earns_nothing(judge: Any, cheat: str, gates: tuple[bool, bool])
     assert (found["agent"]["gates"]["g1"]["passed"], found["agent"]["gates"]["g2"]["passed"]) == gates
 
 
+def test_no_model_hears_from_another_what_comes(judge: Any) -> None:
+    assert judge("Gossip", compare="brought:Gossip")["hri"] == 0.0
+
+
 def shifted(episode: Episode) -> Episode:
     return replace(episode, frames=episode.frames[7:], actions=episode.actions[7:], state=episode.state[7:])
 
@@ -145,6 +179,14 @@ def shifted(episode: Episode) -> Episode:
 def jittered(episode: Episode) -> Episode:
     noise = np.random.default_rng(0).normal(0, 1e-3, episode.actions.shape).astype(np.float32)
     return replace(episode, actions=episode.actions + noise)
+
+
+def test_other_episodes_that_training_has_seen_are_refused(dataset: Dataset, tmp_path: Path) -> None:
+    world = world_at(tmp_path / "world", dataset, 0)
+    shutil.copytree(dataset.path, again := tmp_path / "again")
+    config = EvaluateConfig(checkpoint=world, data=str(dataset.path), test=str(again), horizon=20, windows=220)
+    with pytest.raises(WorldlineError, match=f"again: test episode .* happens again in episode .* of {dataset.path}"):
+        evaluate(config)
 
 
 @pytest.mark.parametrize("change", [lambda episode: episode, shifted, jittered], ids=["same", "shifted", "jittered"])

@@ -223,3 +223,13 @@ def test_rank_correlation_is_within_horizon() -> None:
 
     expected = [np.corrcoef(rank(signal[:, h]), rank(error[:, h]))[0, 1] for h in range(4)]
     assert rank_correlation(signal, error) == pytest.approx(expected)
+
+
+def test_steps_that_nobody_could_score_are_no_evidence() -> None:
+    """What first moves at h = 8 and is wrong from then on was trusted at no step, and not up to h = 7."""
+    episodes, truth, rng = walk()
+    late = np.where(np.arange(21) < 8, 0.0, 1.0)[:, None] * truth
+    result = judge(forecasts(episodes, late, late + rng.normal(0, 1.5, truth.shape)))
+    assert np.flatnonzero(result.factors[0].scored)[0] == 8
+    assert (result.horizon.steps, result.horizon.ended_by, result.horizon.censored) == (0, "point", False)
+    assert judge(forecasts(episodes, late, late)).horizon.steps == 20

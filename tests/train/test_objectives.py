@@ -81,3 +81,23 @@ def test_only_late_steps_are_spread_where_that_is_asked_for() -> None:
     order = torch.randperm(len(late), generator=generator)
     assert torch.equal(terms(rollout)["rollout_sigreg"], sigreg(late[order], generator, projections=stage.projections))
     assert "rollout_sigreg" not in terms(first - 1)  # while rollouts are still short
+
+
+def test_noise_is_on_what_the_predictor_is_given_and_not_on_its_targets() -> None:
+    torch.manual_seed(0)
+    world = World(TINY, SPEC)
+    c, rollout = world.config.context, 6
+    z, actions = torch.randn(8, c + rollout, 24), torch.rand(8, c + rollout, 2)
+    none = torch.zeros(0, dtype=torch.int64)
+    batch = FrozenBatch(z, actions, none, none, torch.zeros(0, 2, 32, 32, 3, dtype=torch.uint8))
+    stage = StageConfig(steps=1, batch=8, one_step=1.0, rollout=rollout, pushforward_noise=0.5)
+    heads = Heads(inverse=False, latent_dim=24, action_dim=2, features=0)
+    generator = torch.Generator().manual_seed(5)
+    terms = frozen_terms(world, heads, batch, stage, rollout, torch.zeros(32, 32, 3), generator, None)
+
+    given = z + 0.5 * torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
+    steps = c + rollout - 1
+    forced = world.teacher_forced(given[:, :steps], actions[:, :steps])
+    rolled = world.rollout(world.begin(given[:, :c], actions[:, : c - 1]), actions[:, c - 1 : steps])
+    assert terms["one_step"].item() == pytest.approx((forced - z[:, 1:]).square().mean().item(), rel=1e-5)
+    assert terms["own_rollout"].item() == pytest.approx((rolled - z[:, c:]).square().mean().item(), rel=1e-5)

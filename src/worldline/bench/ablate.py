@@ -57,6 +57,9 @@ class AblateConfig:
     """Share of the minutes for the joint stage of variants with two stages; a variant with `frozen.steps=0` has one."""
     references: str = ""
     """Options of `worldline references`."""
+    test: str | None = None
+    """Options of `worldline collect` for episodes that are only scored, every one, in place of each world's own test
+    split; they are in `datasets/NAME/WORLD-test`."""
     evaluate: str = ""
     """Options of `worldline evaluate`."""
     evaluate_first: str = ""
@@ -146,6 +149,8 @@ def run(config: AblateConfig) -> Path:
     missing = [each for each in runs if not _is_kept(config, each)] if config.train else []
     for world in dict.fromkeys(each.world for each in missing):
         _prepare(config, data / world, world, worlds[world])
+        if config.test is not None:
+            _worldline("collect", f"env={world}", f"path={_test_of(data / world)}", *config.test.split())
     with progress(f"ablate {config.name}", len(missing)) as task, ThreadPoolExecutor(config.workers) as pool:
         results = pool.map(lambda one: _finish(config, data / one.world, one), missing)
         for each, failure in zip(missing, results, strict=True):
@@ -184,6 +189,10 @@ def _prepare(config: AblateConfig, path: Path, world: str, options: str) -> None
         _worldline("references", str(path), *config.references.split())
 
 
+def _test_of(data: Path) -> Path:
+    return data.with_name(f"{data.name}-test")
+
+
 def _train_options(config: AblateConfig, data: Path, options: str) -> list[str]:
     return [f"data={data}", *config.base.split(), *options.split()]
 
@@ -193,6 +202,7 @@ def _asked(config: AblateConfig, run: Run) -> dict[str, Any]:
     return {
         "data": dict(named(text) for text in config.worlds)[run.world],
         "references": config.references,
+        "test": config.test,
         "train": f"{config.base} {run.options}".strip(),
         "steps": run.steps,
         "seed": run.seed,
@@ -264,7 +274,8 @@ def _finish(config: AblateConfig, data: Path, run: Run) -> str | None:
     steps = [f"{stage}.steps={count}" for stage, count in run.steps.items()]
     options = _train_options(config, data, run.options)
     out, planning = run.place / "evaluation", run.place / "planning"
-    calls = {out: ["evaluate", str(run.place), f"data={data}", f"out={out}", *run.evaluate.split()]}
+    test = [] if config.test is None else [f"test={_test_of(data)}"]
+    calls = {out: ["evaluate", str(run.place), f"data={data}", *test, f"out={out}", *run.evaluate.split()]}
     if config.plan is not None:
         oracle = f"oracle={run.oracle}".lower()
         calls[planning] = ["plan", str(run.place), f"data={data}", f"out={planning}", oracle, *config.plan.split()]

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from worldline.bench.ablate_bars import difference, judge, two
+from worldline.bench.ablate_bars import difference, judge, named, two
 from worldline.core.errors import WorldlineError
 from worldline.core.files import read_json, write_bytes
+from worldline.core.seeding import rng_for
 from worldline.evaluate.reliability import DRAWS, Bootstrap, interval, rank_correlation
 
 
@@ -29,6 +30,11 @@ def collect_evidence(place: Path, run: dict[str, Any]) -> dict[str, Any]:
         "seconds": round(trained["timing"]["seconds"], 1),
         "cpu_seconds": round(trained["timing"]["cpu_seconds"], 1),
         "weights_sha256": found["model"]["weights_sha256"],
+        "model": {key: found["model"]["config"][key] for key in ("predictor", "projection")},
+        "parameters": found["model"]["parameters"],
+        "commits": [trained["provenance"]["commit"], found["provenance"]["commit"]],
+        "windows": found["windows"]["count"],
+        "episodes": found["windows"]["episodes"],
         "invalid": verdict["invalid"],
         "hri": verdict["hri"],
         "h_star": {key: verdict["h_star"][key] for key in ("steps", "low", "high", "ended_by", "censored")},
@@ -38,6 +44,8 @@ def collect_evidence(place: Path, run: dict[str, Any]) -> dict[str, Any]:
         "inside": long["inside"][-1],
         "inside_curve": [_short(value) for value in long["inside_curve"][:: max(1, long["steps"] // 100)]],
         "median_radius": long["median_radius"][-1],
+        "inside_real": long["inside_real"][-1],
+        "median_radius_real": long["median_radius_real"][-1],
         "factors": {
             name: {
                 "r": [_short(value) for value in factor["r"]],
@@ -59,6 +67,7 @@ def collect_evidence(place: Path, run: dict[str, Any]) -> dict[str, Any]:
     evidence = {"row": row, "draws": draws}
     if (place / "planning/result.json").exists():
         planned = read_json(place / "planning/result.json")
+        row["commits"].append(planned["provenance"]["commit"])
         evidence["plan"] = {
             "starts": planned["starts"],
             "reached": planned["reached"]["world"],
@@ -92,7 +101,13 @@ def summarise(evidence: list[dict[str, Any]], ours: str) -> dict[str, Any]:
     planned = all("plan" in each for each in evidence)
     for each in evidence:
         each["row"] |= {"hri": each["row"]["hri"][str(horizon)]} | (
-            {"success": each["plan"]["success"]["world"], "decision_ms": each["plan"]["decision_ms"]} if planned else {}
+            {
+                "success": each["plan"]["success"]["world"],
+                "decision_ms": each["plan"]["decision_ms"],
+                "tries": np.shape(next(iter(each["plan"]["reached"].values()))),
+            }
+            if planned
+            else {}
         )
     rows = [each["row"] for each in evidence]
     worlds, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("world", "variant"))
@@ -166,14 +181,22 @@ def _reached_draws(ours: dict[str, Any], theirs: dict[str, Any], offset: str) ->
 
 
 def _correlation(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return Spearman's correlation of HRI with mean planning success over the runs of each world."""
+    """Return Spearman's correlation of HRI with mean planning success over the runs of each world, and over all.
+
+    The interval is over draws of checkpoints.
+    """
+    worlds = list(dict.fromkeys(row["world"] for row in rows))
     found = {}
-    for world in dict.fromkeys(row["world"] for row in rows):
-        here = [row for row in rows if row["world"] == world and row["hri"]]
-        hri = np.array([[row["hri"]["value"]] for row in here])
-        success = np.array([[np.mean(list(row["success"].values()))] for row in here])
-        rho = float(rank_correlation(hri, success)[0]) if len(here) > 2 else np.nan
-        found[world] = {"spearman": round(rho, 3) if np.isfinite(rho) else None, "checkpoints": len(here)}
+    for name, among in {**{world: [world] for world in worlds}, "all": worlds}.items():
+        here = [row for row in rows if row["world"] in among and row["hri"]]
+        hri = np.array([row["hri"]["value"] for row in here])
+        success = np.array([np.mean(list(row["success"].values())) for row in here])
+        drawn = rng_for("checkpoints", len(here)).integers(len(here), size=(len(here), DRAWS)) if here else np.empty(0)
+        chosen = np.column_stack([np.arange(len(here)), drawn]) if len(here) > 2 else np.zeros((0, 1), dtype=int)
+        rho = rank_correlation(hri[chosen], success[chosen]) if len(chosen) else np.full(1, np.nan)
+        known = rho[np.isfinite(rho)]
+        spearman = _rounded(known) if np.isfinite(rho[0]) else None
+        found[name] = {"spearman": spearman, "checkpoints": len(here)}
     return found
 
 
@@ -196,15 +219,17 @@ def _lines(result: dict[str, Any], pictures: list[str]) -> list[str]:
         f"# Recipes compared: {', '.join(worlds)}",
         "",
         _budget(config, rows),
-        f"Commit {made['commit']}, {made['machine']['processor']}, {made['machine']['cores']} cores. Every seed is "
+        f"{_commits(rows)} {made['machine']['processor']}, {made['machine']['cores']} cores. Every seed is "
         "shown; intervals are 95%, over held-out episodes.",
+        "",
+        *_sample(config, rows),
         "",
     ]
     lines += [f"![{Path(picture).stem}]({picture})\n" for picture in pictures]
     if bars := judge(result):
         lines += ["## What was asked", "", "| world | of | asked | found | kept |", "|---|---|---|---|---|"]
         lines += [f"| {bar.world} | {bar.of} | {bar.asked} | {bar.found} | {bar.verdict} |" for bar in bars]
-        lines += ["", "An error that does not grow has a ratio of 1, so half of a growth under 2 is out of reach.", ""]
+        lines += ["", "An error that does not grow has an e_100 / e_10 of 1: half of one under 2 is out of reach.", ""]
     for world in worlds:
         lines += [f"## {world}", "", *_world_table(result, world, variants), ""]
         lines += _pairs_table(result, world)
@@ -215,10 +240,13 @@ def _lines(result: dict[str, Any], pictures: list[str]) -> list[str]:
         lines += ["## Failures", "", *(f"- {title}: {why}" for title, why in result["failures"].items()), ""]
     if result["not_run"]:
         lines += [f"Not run yet: {', '.join(result['not_run'])}.", ""]
-    lines += ["## The variants", "", "| variant | options of `worldline train` |", "|---|---|"]
+    lines += ["## The variants", "", f"All have `{config['base']}`.", ""]
+    lines += ["| variant | options of `worldline train` | predictor | latents | parameters |", "|---|---|---|---|---|"]
     for text in (*config["variants"], *config["terms"]):
-        variant, _, options = text.partition(":")
-        lines.append(f"| {variant.strip()} | `{config['base']} {options.strip()}` |")
+        variant, options = named(text)
+        mine = next((row for row in rows if row["variant"] == variant), None)
+        shown = [*mine["model"].values(), f"{mine['parameters']:,}"] if mine else [""] * 3
+        lines.append(f"| {variant} | `{options}` | {' | '.join(shown)} |")
     return [*lines, "", f"Again: `{made['command']}`", ""]
 
 
@@ -227,10 +255,32 @@ def _budget(config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         return "The same numbers of updates for all, whatever they cost."
     took = [row["cpu_seconds"] / 60 for row in rows]
     return (
-        f"The same network for all, and for each training {config['minutes']:g} minutes of one core, from which the "
+        "The same layers and sizes for all; how a predictor remembers and whether latents are kept on a sphere belongs "
+        f"to a recipe (last table). For each training {config['minutes']:g} minutes of one core, from which the "
         f"numbers of updates follow by the cost of one, measured beforehand. They took {min(took):.1f} to "
         f"{max(took):.1f} minutes of CPU time."
     )
+
+
+def _commits(rows: list[dict[str, Any]]) -> str:
+    """Return what code made the runs: of training, of evaluation and, where they planned, of planning."""
+    done = [", ".join(dict.fromkeys(commits)) for commits in zip(*(row["commits"] for row in rows), strict=True)]
+    told = [f"{what} at commit {at}" for what, at in zip(("Trained", "evaluated", "planned"), done, strict=False)]
+    return f"{', '.join(told)}."
+
+
+def _sample(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """Return how much each figure rests on."""
+    lines = []
+    for world in dict.fromkeys(row["world"] for row in rows):
+        row = next(row for row in rows if row["world"] == world)
+        told = f"- {world}: {row['windows']} windows of {row['episodes']} test episodes"
+        if "tries" in row:
+            told += "; {} starts at each distance from a goal, {} searches from each".format(*row["tries"])
+        lines.append(told)
+    lines.append(f"- `worldline evaluate` had `{config['evaluate']}`")
+    lines += [f"- `worldline plan` had `{config['plan']}`"] if config["plan"] else []
+    return [*lines, ""]
 
 
 def _world_table(result: dict[str, Any], world: str, variants: list[str]) -> list[str]:
@@ -254,8 +304,8 @@ def _world_table(result: dict[str, Any], world: str, variants: list[str]) -> lis
             continue
         cells = [
             variant,
-            _each(mine, _shown_hri),
-            _each(mine, _shown_star),
+            _each(mine, _shown_hri, "<br>"),
+            _each(mine, _shown_star, "<br>"),
             _each(mine, lambda row: two(row["growth"])),
         ]
         cells += [
@@ -281,7 +331,16 @@ def _world_table(result: dict[str, Any], world: str, variants: list[str]) -> lis
         lines.append("| " + " | ".join(cells) + " |")
     if world in result["oracle"]:
         shown = ", ".join(f"{100 * rate:.0f} at {offset}" for offset, rate in result["oracle"][world].items())
-        lines += ["", f"The same planner with the true dynamics reaches, in %: {shown}."]
+        mine = [row["success"] for row in rows if row["variant"] == result["ours"]]
+        below = ", ".join(
+            f"{100 * (rate - np.mean([success[offset] for success in mine])):.0f}"
+            for offset, rate in result["oracle"][world].items()
+        )
+        lines += [
+            "",
+            f"The same planner, no better at searching, with the true dynamics reaches, in %: {shown}. "
+            f"{result['ours']} is {below} points below that.",
+        ]
     return lines
 
 
@@ -330,7 +389,7 @@ def _bound_table(result: dict[str, Any], world: str) -> list[str]:
 def _correlation_lines(result: dict[str, Any]) -> list[str]:
     return [
         f"- {world}: Spearman's correlation of HRI_{result['horizon']} with success, mean over offsets, is "
-        f"{two(found['spearman'])} over {found['checkpoints']} checkpoints."
+        f"{difference(found['spearman']).replace('+', '')} over {found['checkpoints']} checkpoints."
         for world, found in result["success_correlation"].items()
     ]
 
@@ -343,15 +402,16 @@ def _teraflops(result: dict[str, Any], world: str, variant: str, updates: list[i
     return float(sum(steps[stage] * found["update_flops"] for stage, found in cost.items()) / 1e12)
 
 
-def _each(rows: list[dict[str, Any]], shown: Any) -> str:
-    return ", ".join(shown(row) for row in rows)
+def _each(rows: list[dict[str, Any]], shown: Any, between: str = ", ") -> str:
+    return between.join(shown(row) for row in rows)
 
 
 def _shown_hri(row: dict[str, Any]) -> str:
-    value = "n/a" if row["hri"] is None else f"{row['hri']['value']:.2f}"
+    hri = row["hri"]
+    value = "n/a" if hri is None else f"{hri['value']:.2f} [{hri['low']:.2f}, {hri['high']:.2f}]"
     return value if row["invalid"] is None else f"{value} (invalid)"
 
 
 def _shown_star(row: dict[str, Any]) -> str:
     star = row["h_star"]
-    return f"{star['steps']}+" if star["censored"] else str(star["steps"])
+    return f"{star['steps']}{'+' * star['censored']} [{star['low']}, {star['high']}]"

@@ -81,7 +81,7 @@ class Problem:
 
     @torch.inference_mode()
     def ours(self, config: PlannerConfig, screen: Screen | None) -> tuple[Tensor, list[Tensor]]:
-        """Plan as `worldline plan` does; returns the same as `plain`."""
+        """Plan with the code of `worldline plan`, for the last step's plain distance; returns the same as `plain`."""
         cost = _Noting(GoalCost(self.world, self.state, self.goal, over="last", screen=screen))
         return plan(cost, self.space, config, [self.seed]).actions[0], cost.chosen
 

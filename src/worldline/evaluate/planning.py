@@ -28,6 +28,7 @@ from worldline.evaluate.distances import distance_matrix, goal_order
 from worldline.evaluate.reliability import DRAWS, Bootstrap, interval
 from worldline.evaluate.starts import Stage, Starts, choose_starts
 from worldline.model.checkpoint import load_world, weights_sha256
+from worldline.model.foreign import is_foreign
 from worldline.model.picture import filmstrip
 from worldline.model.world import World
 from worldline.planning.distance import DISTANCES, Distance
@@ -89,6 +90,11 @@ def evaluate_planning(config: PlanConfig) -> Path:
     """
     begun = time.monotonic()
     dataset = open_dataset(config.data)
+    for path in (config.checkpoint, config.compare):
+        if path and is_foreign(path):
+            raise WorldlineError(
+                f"{path}: only worlds of worldline plan; worldline evaluate scores other people's models"
+            )
     worlds = {"world": load_world(config.checkpoint)} | (
         {"compared": load_world(config.compare)} if config.compare else {}
     )

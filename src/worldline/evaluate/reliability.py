@@ -338,7 +338,7 @@ def score(
         factors=scores,
         excluded=excluded,
         hri={t: None if values is None else interval(values) for t, values in hri_rows.items()},
-        horizon=_trust_horizon(rows, steps - 1, every),
+        horizon=_trust_horizon(rows, steps - 1),
         invalid=_invalid(scores),
         num_windows=num_windows,
         num_episodes=bootstrap.num_episodes,
@@ -424,15 +424,18 @@ def _hri(rows: list[_FactorDraws], horizon: int) -> np.ndarray | None:
     return np.mean(means, axis=0) if means else None
 
 
-def _trust_horizon(rows: Mapping[str, _FactorDraws], horizon: int, every: int) -> TrustHorizon:
+def _trust_horizon(rows: Mapping[str, _FactorDraws], horizon: int) -> TrustHorizon:
     if not any(row.scored.any() for row in rows.values()):
         return TrustHorizon(steps=0, low=0, high=0, ended_by=None, censored=False, draws=np.zeros(1, dtype=int))
     first = {
         name: _first_failure(row.scored & (row.credit < TRUSTED_CREDIT), horizon) for name, row in rows.items()
     }  # (draws,) by factor
-    steps = (np.minimum.reduce(list(first.values())) - 1) // every * every
+    # a step at which nothing is scored is no evidence: the last that was
+    scored = np.logical_or.reduce([row.scored[: horizon + 1] for row in rows.values()])
+    last = np.maximum.accumulate(np.where(scored, np.arange(horizon + 1), 0))
+    steps = last[np.minimum.reduce(list(first.values())) - 1]
     low, high = np.percentile(steps[1:], (2.5, 97.5), method="inverted_cdf")
-    censored = bool(steps[0] >= horizon // every * every)
+    censored = bool(steps[0] == last[-1] > 0)
     ended_by = None if censored else min(first, key=lambda name: first[name][0])
     return TrustHorizon(
         steps=int(steps[0]), low=int(low), high=int(high), ended_by=ended_by, censored=censored, draws=steps

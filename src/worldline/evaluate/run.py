@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, UInt8
 
 from worldline.core.errors import WorldlineError
 from worldline.core.files import atomic_path
@@ -19,11 +19,11 @@ from worldline.core.result import write_result
 from worldline.data.cache import FrameCache
 from worldline.data.lerobot import Dataset, open_dataset
 from worldline.evaluate.bounds import Bound, measure_bound
-from worldline.evaluate.drift import Measurement, bounded, describe_region, measure, swap_across_episodes
+from worldline.evaluate.drift import Measurement, RealFrames, Rollouts, bounded, measure, swap_across_episodes
 from worldline.evaluate.figures import headline, to_figures
+from worldline.evaluate.long_rollouts import describe_long, roll_out_long
 from worldline.evaluate.pictures import Scene
 from worldline.evaluate.probe import fit_probe
-from worldline.evaluate.ranking import nearest_multiple
 from worldline.evaluate.reliability import DRAWS, HORIZONS, VISIBLE_R2, Interval, paired_difference, rank_correlation
 from worldline.evaluate.report import write_report
 from worldline.evaluate.trust import measure_trust
@@ -31,13 +31,14 @@ from worldline.evaluate.twins import NUDGE, twin_divergence
 from worldline.evaluate.windows import (
     Windows,
     choose_windows,
-    encode_frames,
     encode_split,
     encode_windows,
+    held_out,
     imagine,
     middle_actions,
     past_actions,
     roll_out,
+    states_of,
     training_actions,
     window_actions,
     window_states,
@@ -57,11 +58,10 @@ from worldline.model.foreign import (
 from worldline.model.references import References, load_references
 from worldline.model.world import World
 
-_LONG = 1000
-_LONG_EPISODES = 32
 _GAUGE_HORIZONS = (10, 25, 50, 100)
 _BOUND_WINDOWS = 16
 _BOUND_FRAMES = 20_000
+_CANONICAL_FRAMES = 3000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,9 @@ class EvaluateConfig:
     of stable-worldmodel, or `module:callable`, which returns an object with encode, begin and step."""
     data: str
     """The dataset: a LeRobot v3 directory with a reference pack."""
+    test: str | None = None
+    """Another dataset of the same world, every episode of which is scored in place of the test split of `data`: more
+    episodes than a split has, for narrower intervals. The probe is fitted on `data` all the same."""
     out: str | None = None
     """Directory for the result; None means `evaluation` in the checkpoint, `evaluations/NAME` for a name."""
     horizon: int = 100
@@ -117,12 +120,15 @@ def evaluate(config: EvaluateConfig) -> Path:
     """
     started = time.monotonic()
     dataset = open_dataset(config.data)
+    test = open_dataset(config.test) if config.test else None
+    scored, episodes = held_out(dataset, test)
     world = _load(config.checkpoint, dataset, config)
     twin_world = load_world(config.twin) if config.twin else None
     other_world = _load(config.compare, dataset, config) if config.compare else None
     every_world = [each for each in (world, twin_world, other_world) if each is not None]
     for each in every_world:
         _require_fit(each, dataset)
+        _require_fit(each, scored)
     if config.bounds and isinstance(world, ForeignWorld):
         raise WorldlineError(
             f"{config.checkpoint}: bounds=true is for worlds of worldline, whose state says what it holds; leave it out"
@@ -139,28 +145,31 @@ def evaluate(config: EvaluateConfig) -> Path:
             f"evaluate: the models' frame skips meet every {every} steps, expected at most the horizon, "
             f"{config.horizon}; raise the horizon"
         )
-    windows = choose_windows(dataset, context=context, horizon=config.horizon, count=config.windows)
+    windows = choose_windows(dataset, context=context, horizon=config.horizon, count=config.windows, scored=test)
     references = load_references(dataset.path, dataset.fingerprint, dataset.spec)
+    if test is not None:
+        references = _on_other_episodes(references, scored, episodes)
     _require_visible(references, dataset)
     donor = swap_across_episodes(windows.episodes, config.seed)
 
-    with progress(f"evaluate {dataset.spec.name}", 2 + len(every_world)) as task:
-        twin = _read_twin(twin_world, dataset, windows, config) if twin_world is not None else None
+    with progress(f"evaluate {dataset.spec.name}", 3 + len(every_world)) as task:
+        twin = _read_twin(twin_world, dataset, scored, windows, config) if twin_world is not None else None
         task.advance(int(twin is not None), "twin")
-        cache = FrameCache(dataset, world.config.image_size)
-        ours = _measure(world, cache, windows, donor, references, twin, config, every)
-        task.advance(1, "measured")
-        other, comparison = None, None
-        if other_world is not None:
-            other_cache = FrameCache(dataset, other_world.config.image_size)
-            other = _measure(other_world, other_cache, windows, donor, references, twin, config, every)
-            comparison = _compare(ours, other, config)
-            task.advance(1, "compared")
-        long = _long_rollouts(world, cache, ours)
-        gauge = _gauge(world, cache, windows, ours)
+        models = [_Model.of(each, dataset, scored, config) for each in (world, other_world) if each is not None]
+        # all is imagined before anybody is shown a future
+        cache = models[0].scored
+        long = roll_out_long(world, cache, episodes)
+        rolled = roll_out([(model.world, model.scored) for model in models], windows, donor)
+        task.advance(1, "imagined")
+        measured = []
+        for model, rollouts in zip(models, rolled, strict=True):
+            measured.append(_measure(model, rollouts, windows, references, twin, config, every))
+            task.advance(1, "measured")
+        ours, other = measured[0], measured[1] if len(measured) == 2 else None
+        gauge = _gauge(world, windows, ours)
         trust = _trust(world, cache, windows, ours, config)
         task.advance(1, "gauge")
-        bound = _bound(world, cache, windows, ours, config) if config.bounds else None
+        bound = _bound(models[0], windows, ours, config) if config.bounds else None
         figures = to_figures(ours, dataset.spec)
         figures |= {
             "config": asdict(config),
@@ -177,15 +186,17 @@ def evaluate(config: EvaluateConfig) -> Path:
                 "horizon": windows.horizon,
                 "every": every,
             },
-            "long_rollouts": long,
+            "long_rollouts": describe_long(long, world, cache, ours),
             "gauge": gauge,
             "trust": trust,
-            "twins": _twins(dataset, config),
+            "twins": _twins(scored, episodes, config),
         }
         if bound is not None:
             figures["bound"] = bound.to_figures()
-        if comparison is not None and other is not None:
-            figures["compare"] = comparison | {
+        if test is not None:
+            figures["dataset"]["test"] = {"fingerprint": test.fingerprint, "episodes": len(episodes)}
+        if other is not None:
+            figures["compare"] = _compare(ours, other) | {
                 "checkpoint": config.compare,
                 "verdict": to_figures(other, dataset.spec)["verdict"],
                 "factors": to_figures(other, dataset.spec)["factors"],
@@ -243,24 +254,59 @@ def _require_visible(references: References, dataset: Dataset) -> None:
         )
 
 
+def _on_other_episodes(references: References, scored: Dataset, episodes: list[int]) -> References:
+    """Return the pack with its encoder measured on the episodes that are scored."""
+    pairs = np.array([(e, t) for e in episodes for t in range(scored.lengths[e])])
+    pairs = pairs[np.linspace(0, len(pairs) - 1, min(_CANONICAL_FRAMES, len(pairs))).round().astype(int)]
+    frames = torch.from_numpy(FrameCache(scored, references.image_size).gather(pairs, 1)[:, 0])
+    quality = references.canonical.quality(
+        references.head, frames, np.stack([states_of(scored, e)[t] for e, t in pairs.tolist()])
+    )
+    return replace(
+        references,
+        r2={name: r2 for name, (r2, _) in quality.items()},
+        rmse={name: rmse for name, (_, rmse) in quality.items()},
+    )
+
+
+class _Model(NamedTuple):
+    """A model to score, and what its probe is fitted on."""
+
+    world: AnyWorld
+    fitted: FrameCache
+    scored: FrameCache
+    train: RealFrames
+    validation: RealFrames
+
+    @classmethod
+    def of(cls, world: AnyWorld, dataset: Dataset, scored: Dataset, config: EvaluateConfig) -> _Model:
+        cache = FrameCache(dataset, world.config.image_size)
+        return cls(
+            world,
+            cache,
+            cache if scored is dataset else FrameCache(scored, world.config.image_size),
+            encode_split(world, cache, "train", config.train_frames, config.seed),
+            encode_split(world, cache, "validation", config.validation_frames, config.seed),
+        )
+
+
 def _measure(
-    world: AnyWorld,
-    cache: FrameCache,
+    model: _Model,
+    rollouts: Rollouts,
     windows: Windows,
-    donor: Int64[np.ndarray, " n"],
     references: References,
     twin: dict[str, Float[np.ndarray, "n t1 _"]] | None,
     config: EvaluateConfig,
     every: int,
 ) -> Measurement:
-    dataset = cache.dataset
+    dataset = model.scored.dataset
     with torch.inference_mode():
         forecast = references.actions_only(torch.from_numpy(window_actions(dataset, windows)))
     return measure(
         factors=dataset.spec.factors,
-        train=encode_split(world, cache, "train", config.train_frames, config.seed),
-        validation=encode_split(world, cache, "validation", config.validation_frames, config.seed),
-        rollouts=roll_out(world, cache, windows, donor),
+        train=model.train,
+        validation=model.validation,
+        rollouts=rollouts,
         state=window_states(dataset, windows),
         episodes=windows.episodes,
         canonical={f.name: (references.r2[f.name], references.rmse[f.name]) for f in dataset.spec.factors},
@@ -273,12 +319,11 @@ def _measure(
 
 
 def _read_twin(
-    twin: World, dataset: Dataset, windows: Windows, config: EvaluateConfig
+    world: World, dataset: Dataset, scored: Dataset, windows: Windows, config: EvaluateConfig
 ) -> dict[str, Float[np.ndarray, "n t1 _"]]:
     """Return what the action-free twin forecasts, read through a probe of its own."""
-    cache = FrameCache(dataset, twin.config.image_size)
-    train = encode_split(twin, cache, "train", config.train_frames, config.seed)
-    validation = encode_split(twin, cache, "validation", config.validation_frames, config.seed)
+    twin = _Model.of(world, dataset, scored, config)
+    train, validation = twin.train, twin.validation
     head = FactorHead.fit(dataset.spec.factors, train.state)
     probe = fit_probe(
         head,
@@ -288,13 +333,13 @@ def _read_twin(
         validation.state,
         config.seed,
     )
-    context, _ = encode_windows(twin, cache, windows)
-    past, actions = past_actions(dataset, windows), window_actions(dataset, windows)
-    imagined = imagine(twin, context, middle_actions(twin, past), middle_actions(twin, actions))
+    context, _ = encode_windows(world, twin.scored, windows)
+    past, actions = past_actions(scored, windows), window_actions(scored, windows)
+    imagined = imagine(world, context, middle_actions(world, past), middle_actions(world, actions))
     return probe(torch.from_numpy(bounded(imagined, train.z)))
 
 
-def _compare(ours: Measurement, other: Measurement, config: EvaluateConfig) -> dict[str, Any]:
+def _compare(ours: Measurement, other: Measurement) -> dict[str, Any]:
     def as_json(difference: Interval) -> dict[str, float]:
         return {key: round(value, 6) for key, value in asdict(difference).items()}
 
@@ -304,64 +349,31 @@ def _compare(ours: Measurement, other: Measurement, config: EvaluateConfig) -> d
     }
 
 
-def _long_rollouts(world: AnyWorld, cache: FrameCache, ours: Measurement) -> dict[str, Any]:
-    """Roll out whole test episodes, to 1,000 steps where they are that long, and see whether latents stay at home.
-
-    Beside them stand the real latents of the same episodes at the same steps: how far so few stray by chance.
-    """
-    dataset, context, skip = cache.dataset, context_frames(world), frame_skip(world)
-    longest = max(dataset.lengths[e] for e in dataset.split("test")) - context
-    steps = min(_LONG, longest)
-    episodes = [e for e in dataset.split("test") if dataset.lengths[e] - context >= steps][:_LONG_EPISODES]
-    z = np.stack([encode_frames(world, cache.frames(e, 0, context)) for e in episodes])
-    actions = np.stack([dataset.actions(e)[: context - 1 + steps] for e in episodes])
-    imagined = imagine(world, z, actions[:, : context - 1], actions[:, context - 1 :])
-    inside, radius = describe_region(ours.whitening, ours.latents, imagined)
-    # every frame once, after all was imagined: a model is shown no future
-    frames = [cache.frames(e, context - 1, steps + 1)[::skip] for e in episodes]
-    real = np.stack([encode_frames(world, each) for each in frames])
-    inside_real, radius_real = describe_region(ours.whitening, ours.latents, real)
-    marks = sorted({nearest_multiple(h, skip) for h in (1, 10, 25, 50, 100, 200, 300, 500, 700, 1000)})
-    marks = [h for h in marks if h <= steps]
-    return {
-        "steps": steps,
-        "wanted_steps": _LONG,
-        "episodes": len(episodes),
-        "at": marks,
-        "inside": [round(float(inside[h]), 4) for h in marks],
-        "median_radius": [round(float(radius[h]), 4) for h in marks],
-        "inside_real": [round(float(inside_real[h // skip]), 4) for h in marks],
-        "median_radius_real": [round(float(radius_real[h // skip]), 4) for h in marks],
-        "every": skip,
-        "inside_curve": [round(float(share), 4) for share in inside[::skip]],
-        "median_radius_curve": [round(float(each), 4) for each in radius[::skip]],
-        "inside_real_curve": [round(float(share), 4) for share in inside_real],
-        "median_radius_real_curve": [round(float(each), 4) for each in radius_real],
-    }
-
-
-def _twins(dataset: Dataset, config: EvaluateConfig) -> dict[str, Any]:
+def _twins(dataset: Dataset, episodes: list[int], config: EvaluateConfig) -> dict[str, Any]:
     """Return the medians of what twins are apart, or why there are none."""
     if not config.twins:
         return {"left_out": "twins=0"}
     try:
-        apart = twin_divergence(dataset, horizon=config.horizon, count=config.twins, seed=config.seed)
+        apart = twin_divergence(
+            dataset, horizon=config.horizon, count=config.twins, seed=config.seed, episodes=episodes
+        )
     except WorldlineError as error:
         return {"left_out": str(error)}
     return {"count": len(apart), "nudge": NUDGE, "apart": [float(f"{x:.4g}") for x in np.median(apart, axis=0)]}
 
 
-def _bound(world: AnyWorld, cache: FrameCache, windows: Windows, ours: Measurement, config: EvaluateConfig) -> Bound:
+def _bound(model: _Model, windows: Windows, ours: Measurement, config: EvaluateConfig) -> Bound:
     """Measure gains and bound on a few windows, one an episode while there are enough of them."""
+    world, dataset = model.world, model.scored.dataset
     assert isinstance(world, World)
     _, first = np.unique(windows.episodes, return_index=True)
     chosen = first[np.linspace(0, len(first) - 1, min(_BOUND_WINDOWS, len(first))).round().astype(int)]
-    train = encode_split(world, cache, "train", _BOUND_FRAMES, config.seed)
+    train = encode_split(world, model.fitted, "train", _BOUND_FRAMES, config.seed)
     return measure_bound(
         world,
         ours.rollouts.context[chosen],
-        past_actions(cache.dataset, windows)[chosen],
-        window_actions(cache.dataset, windows)[chosen],
+        past_actions(dataset, windows)[chosen],
+        window_actions(dataset, windows)[chosen],
         ours.rollouts.real[chosen],
         train.z,
         config.seed,
@@ -369,7 +381,7 @@ def _bound(world: AnyWorld, cache: FrameCache, windows: Windows, ours: Measureme
 
 
 @torch.inference_mode()
-def _gauge(world: AnyWorld, cache: FrameCache, windows: Windows, ours: Measurement) -> dict[str, Any] | None:
+def _gauge(world: AnyWorld, windows: Windows, ours: Measurement) -> dict[str, Any] | None:
     """Return how well the world's own gauge tells, at a given h, which windows went wrong; None where it has none."""
     if isinstance(world, ForeignWorld) or not world.gauge.fitted:
         return None

@@ -5,6 +5,8 @@ No model can know better than this: where twins part, an error that grows as the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 
@@ -19,22 +21,25 @@ _LATEST = 60
 """Twins begin at this frame of their episode at the latest: simulators are led there."""
 
 
-def twin_divergence(dataset: Dataset, *, horizon: int, count: int, seed: int = 0) -> Float[np.ndarray, "n t"]:
+def twin_divergence(
+    dataset: Dataset, *, horizon: int, count: int, seed: int = 0, episodes: Sequence[int] | None = None
+) -> Float[np.ndarray, "n t"]:
     """Return how far a recorded future and its twin's lie apart after h = 1 ... `horizon` steps.
 
-    A twin begins at a frame of a test episode, does the recorded actions, and only its first one is another by `NUDGE`
-    standard deviations, within the action's range: a state can be nudged so in any simulator. The distance is the root
-    mean square over the state's columns of the factors, each in standard deviations over the test episodes.
+    A twin begins at a frame of a test episode (or of one of `episodes`), does the recorded actions, and only its first
+    one is another by `NUDGE` standard deviations, within the action's range: a state can be nudged so in any simulator.
+    The distance is the root mean square over the state's columns of the factors, each in standard deviations over
+    these episodes.
 
     Raises:
         WorldlineError: the dataset does not say how it was collected, its simulator is not installed, or does not
             repeat it.
     """
     rng = rng_for(seed, "twins")
-    long = [e for e in dataset.split("test") if dataset.lengths[e] > horizon]
-    episodes = sorted(rng.choice(long, min(count, len(long)), replace=False).tolist())
-    latest = [min(_LATEST, dataset.lengths[e] - 1 - horizon) for e in episodes]
-    index = np.array([(e, int(rng.integers(last + 1))) for e, last in zip(episodes, latest, strict=True)])
+    long = [e for e in (dataset.split("test") if episodes is None else episodes) if dataset.lengths[e] > horizon]
+    chosen = sorted(rng.choice(long, min(count, len(long)), replace=False).tolist())
+    latest = [min(_LATEST, dataset.lengths[e] - 1 - horizon) for e in chosen]
+    index = np.array([(e, int(rng.integers(last + 1))) for e, last in zip(chosen, latest, strict=True)])
     simulators = Stage(dataset).at(Starts(index=index, offset=horizon, num_solved=0))
     columns = [column for factor in dataset.spec.factors for column in factor.columns]
     scale = np.concatenate([states_of(dataset, e)[:, columns] for e in long]).std(axis=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,13 +39,20 @@ class Windows:
         return self.index[:, 0]
 
 
-def choose_windows(dataset: Dataset, *, context: int, horizon: int, count: int) -> Windows:
-    """Stride about `count` windows through the test episodes that are long enough.
+def held_out(dataset: Dataset, test: Dataset | None) -> tuple[Dataset, list[int]]:
+    """Return the episodes to score and where they lie: the test split's, or all of another dataset's."""
+    return (dataset, dataset.split("test")) if test is None else (test, list(range(test.num_episodes)))
+
+
+def choose_windows(
+    fitted: Dataset, *, context: int, horizon: int, count: int, scored: Dataset | None = None
+) -> Windows:
+    """Stride about `count` windows through the test episodes that are long enough, or through those of `scored`.
 
     Raises:
         WorldlineError: under 200 windows or under 5 episodes would be left, or training episodes hold some of them.
     """
-    test = dataset.split("test")
+    dataset, test = held_out(fitted, scored)
     room = {e: dataset.lengths[e] - horizon - context + 1 for e in test}  # anchors that fit
     usable = [e for e in test if room[e] > 0]
     available = sum(room[e] for e in usable)
@@ -63,11 +71,11 @@ def choose_windows(dataset: Dataset, *, context: int, horizon: int, count: int) 
         index += [(episode, int(anchor)) for anchor in anchors]
         left -= share
     windows = Windows(index=np.array(sorted(index)), context=context, horizon=horizon)
-    _require_unseen(dataset, windows)
+    _require_unseen(fitted, dataset, windows)
     return windows
 
 
-def _require_unseen(dataset: Dataset, windows: Windows) -> None:
+def _require_unseen(fitted: Dataset, scored: Dataset, windows: Windows) -> None:
     """Check that no test episode happens in training or validation episodes too, shifted in time or not.
 
     Splits go by an episode's index, which tells nothing of its content: a model or a probe that has seen the episode
@@ -78,20 +86,20 @@ def _require_unseen(dataset: Dataset, windows: Windows) -> None:
     """
     at = np.linspace(0, windows.horizon, 5).round().astype(int)
 
-    def stretches(episode: int, starts: Int64[np.ndarray, " m"]) -> Float32[np.ndarray, "m 5 f"]:
+    def stretches(dataset: Dataset, episode: int, starts: Int64[np.ndarray, " m"]) -> Float32[np.ndarray, "m 5 f"]:
         rows = np.concatenate([states_of(dataset, episode), dataset.actions(episode)], axis=1)
         stretched: np.ndarray = rows[starts[:, None] + at]
         return stretched
 
     held_out = np.unique(windows.episodes).tolist()
-    test = np.concatenate([stretches(e, windows.index[windows.episodes == e, 1]) for e in held_out])
+    test = np.concatenate([stretches(scored, e, windows.index[windows.episodes == e, 1]) for e in held_out])
     scale = test.std(axis=(0, 1))
     unit = np.where(scale > 0, scale, 1.0) * np.sqrt(test[0].size)
     sought = (test / unit).reshape(len(test), -1)
     nearest, source = np.full(len(sought), np.inf), np.zeros(len(sought), dtype=np.int64)
-    for episode in (e for split in ("train", "validation") for e in dataset.split(split)):
-        starts = np.arange(dataset.lengths[episode] - windows.horizon)
-        seen = (stretches(episode, starts) / unit).reshape(len(starts), sought.shape[1])
+    for episode in (e for split in ("train", "validation") for e in fitted.split(split)):
+        starts = np.arange(fitted.lengths[episode] - windows.horizon)
+        seen = (stretches(fitted, episode, starts) / unit).reshape(len(starts), sought.shape[1])
         squares = np.square(seen).sum(axis=1)[:, None] + np.square(sought).sum(axis=1) - 2 * seen @ sought.T
         found = np.sqrt(squares.clip(min=0).min(axis=0, initial=np.inf))
         nearest, source = np.minimum(nearest, found), np.where(found < nearest, episode, source)
@@ -99,8 +107,10 @@ def _require_unseen(dataset: Dataset, windows: Windows) -> None:
         copied = (nearest < _COPY) & (windows.episodes == episode)
         if 2 * copied.sum() >= (windows.episodes == episode).sum():
             raise WorldlineError(
-                f"{dataset.path}: test episode {episode} happens again in episode {source[copied][0]}, which models "
-                "and probes are fitted on: expected test episodes that nobody has seen; remove one of the two"
+                f"{scored.path}: test episode {episode} happens again in episode {source[copied][0]}"
+                + (f" of {fitted.path}" if scored is not fitted else "")
+                + ", which models and probes are fitted on: expected test episodes that nobody has seen; remove one of "
+                "the two"
             )
 
 
@@ -196,28 +206,35 @@ def past_actions(dataset: Dataset, windows: Windows) -> Float32[np.ndarray, "n c
     return np.stack([dataset.actions(e)[t - windows.context + 1 : t] for e, t in windows.index.tolist()])
 
 
-def roll_out(world: AnyWorld, cache: FrameCache, windows: Windows, donor: Int64[np.ndarray, " n"]) -> Rollouts:
+def roll_out(
+    models: Sequence[tuple[AnyWorld, FrameCache]], windows: Windows, donor: Int64[np.ndarray, " n"]
+) -> list[Rollouts]:
     """Encode the windows and imagine them with the recorded actions and with those of the windows `donor`.
 
-    In order of time: when a window is imagined, a model has been shown nothing of that episode beyond its context, so
-    that one which keeps what it is shown cannot have kept the future. Recorded and swapped actions come shuffled in one
-    batch, and no bookkeeping tells which are which.
+    In order of time: when a window is imagined, no model has been shown anything of that episode beyond its context,
+    so that one which keeps what it is shown, or what another was shown, cannot have kept the future. Recorded and
+    swapped actions come shuffled in one batch, and no bookkeeping tells which are which.
     """
-    past, actions = past_actions(cache.dataset, windows), window_actions(cache.dataset, windows)
-    n = len(windows.index)
-    imagined: list[np.ndarray] = [np.empty(0)] * (2 * n)
+    dataset, n = models[0][1].dataset, len(windows.index)
+    past, actions = past_actions(dataset, windows), window_actions(dataset, windows)
+    imagined: list[list[np.ndarray]] = [[np.empty(0)] * (2 * n) for _ in models]
     for turn in _turns(windows):
         first = windows.index[turn] - [0, windows.context - 1]
-        frames = cache.gather(first, windows.context)  # (m, c, h, w, 3)
-        context = encode_frames(world, frames.reshape(-1, *frames.shape[2:])).reshape(*frames.shape[:2], -1)
         rows = rng_for("rows-of-a-rollout", n).permutation(2 * len(turn))
         who = np.concatenate([turn, turn])[rows]
         acts = np.concatenate([actions[turn], actions[donor[turn]]])[rows]
-        z_hat = imagine(world, np.concatenate([context, context])[rows], past[who], acts)
-        for row, z in zip(np.concatenate([turn, turn + n])[rows], z_hat, strict=True):
-            imagined[row] = z
-    context, real = encode_windows(world, cache, windows)
-    return Rollouts(context=context, real=real, imagined=np.stack(imagined[:n]), swapped=np.stack(imagined[n:]))
+        for (world, cache), kept in zip(models, imagined, strict=True):
+            frames = cache.gather(first, windows.context)  # (m, c, h, w, 3)
+            context = encode_frames(world, frames.reshape(-1, *frames.shape[2:])).reshape(*frames.shape[:2], -1)
+            z_hat = imagine(world, np.concatenate([context, context])[rows], past[who], acts)
+            for row, z in zip(np.concatenate([turn, turn + n])[rows], z_hat, strict=True):
+                kept[row] = z
+    rollouts = []
+    for (world, cache), kept in zip(models, imagined, strict=True):
+        context, real = encode_windows(world, cache, windows)
+        imagination, swapped = np.stack(kept[:n]), np.stack(kept[n:])
+        rollouts.append(Rollouts(context=context, real=real, imagined=imagination, swapped=swapped))
+    return rollouts
 
 
 def _turns(windows: Windows) -> list[Int64[np.ndarray, " m"]]:

@@ -75,7 +75,7 @@ class StageConfig:
 
     error: Literal["l2", "l1", "log"] = "l2"
     """Squared or absolute latent errors in `one_step` and `own_rollout`, or the logarithm of each step's mean squared
-    error, which counts the first ten steps of a rollout as much as the next ninety."""
+    error, which counts the first ten steps of a rollout more than the next ninety."""
     pushforward_noise: float = 0.0
     """Standard deviation of the noise on the real latents that the predictor is given, so that it learns to correct."""
     prediction_share: float = 0.03

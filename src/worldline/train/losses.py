@@ -25,6 +25,16 @@ def scale_gradient(z: Float[Tensor, "*b d"], share: float) -> Float[Tensor, "*b 
     return z.detach() + share * (z - z.detach())
 
 
+def noisy(z: Float[Tensor, "*b d"], std: float, generator: torch.Generator) -> Float[Tensor, "*b d"]:
+    """Return z + std * e, e ~ N(0, I): pushforward noise where a predictor is given it and its targets are not.
+
+    What it predicts from a latent that is a little off is then drawn back to where the true one leads.
+    Source: noise on a simulator's input, Sanchez-Gonzalez et al., arXiv 2002.09405, in place of the pushed-forward
+    state of Brandstetter et al., arXiv 2202.03376.
+    """
+    return z + std * torch.randn(z.shape, generator=generator).to(z.device) if std else z
+
+
 Norm = Literal["l2", "l1", "log"]
 
 
@@ -45,7 +55,7 @@ def own_rollout(z_hat: Float[Tensor, "b t d"], z: Float[Tensor, "b t d"], norm: 
     The errors' gradients run through the whole rollout, so that a step learns what it does to the steps after it.
     `l1` takes |z_hat_t - z_t|. `log` takes the mean of log e_t with weights 1 / t, e_t the batch's mean squared error
     at step t: a hundredth part of the error counts as much where errors are small as where they are large, and the
-    first ten steps of a hundred as much as the other ninety.
+    first ten steps of a hundred more than the other ninety.
     Source: multi-step latent losses as in PlaNet, arXiv 1811.04551 (latent overshooting), here without its noise.
     """
     if norm == "log":

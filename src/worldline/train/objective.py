@@ -93,7 +93,7 @@ def joint_terms(
     predicted = losses.scale_gradient(z, stage.prediction_share)
     neighbours = z.shape[1] if stride == 1 else c  # so many first frames follow each other without a gap
 
-    given = _noisy(predicted, stage.pushforward_noise, generator)
+    given = losses.noisy(predicted, stage.pushforward_noise, generator)
     if stage.one_step:
         z_hat = world.teacher_forced(given[:, : neighbours - 1], batch.actions[:, : neighbours - 1])
         terms["one_step"] = losses.one_step(z_hat, predicted[:, 1:neighbours], stage.error)
@@ -113,7 +113,7 @@ def joint_terms(
     if stage.time_similarity:
         terms["time_similarity"] = losses.time_similarity(z[:, :neighbours])
     if heads.features is not None:
-        features = heads.features(_noisy(encoded, stage.latent_noise, generator))
+        features = heads.features(losses.noisy(encoded, stage.latent_noise, generator))
         terms["features"] = losses.features(features.float(), batch.features)
     if stage.inverse_dynamics and heads.inverse is not None:
         action_hat = heads.inverse(z[:, : neighbours - 1], z[:, 1:neighbours])
@@ -121,7 +121,7 @@ def joint_terms(
         terms["inverse_dynamics"] = losses.inverse_dynamics(action_hat, action)
     if stage.grounding:
         drawn = torch.randperm(z.shape[0] * z.shape[1], generator=generator)[: stage.pixel_frames].to(z.device)
-        decoded = _noisy(z.flatten(0, 1)[drawn], stage.latent_noise, generator)
+        decoded = losses.noisy(z.flatten(0, 1)[drawn], stage.latent_noise, generator)
         motion = None
         if stage.motion:
             motion = losses.motion_weight(batch.frames.float() / 255.0, stage.motion).flatten(0, 1)[drawn]
@@ -153,7 +153,7 @@ def frozen_terms(
     """Return the unweighted terms of the frozen stage, by the name of their weight in the stage."""
     c, terms = world.config.context, Terms()
     z, actions = batch.z, batch.actions
-    given, ahead = _noisy(z, stage.pushforward_noise, generator), actions[:, c - 1 : c - 1 + rollout]
+    given, ahead = losses.noisy(z, stage.pushforward_noise, generator), actions[:, c - 1 : c - 1 + rollout]
     if stage.one_step:
         z_hat = world.teacher_forced(given[:, : c + rollout - 1], actions[:, : c + rollout - 1])
         terms["one_step"] = losses.one_step(z_hat, z[:, 1 : c + rollout], stage.error)
@@ -178,7 +178,7 @@ def frozen_terms(
             terms["rollout_inverse"] = losses.inverse_dynamics(action_hat, world.normalise_actions(ahead[:, 1:]))
     rows, steps, seen = batch.pixel_rows, batch.pixel_steps, batch.pixel_frames[:, 1]
     if stage.grounding:
-        decoded = _noisy(z[rows, steps], stage.latent_noise, generator)
+        decoded = losses.noisy(z[rows, steps], stage.latent_noise, generator)
         motion = losses.motion_weight(batch.pixel_frames.float() / 255.0, stage.motion)[:, 1] if stage.motion else None
         terms["grounding"] = _pixels(world, decoded, seen, background, stage.foreground, motion)
     if stage.rollout_pixels:
@@ -190,10 +190,6 @@ def frozen_terms(
 def weighted_sum(terms: Terms, stage: StageConfig) -> Float[Tensor, ""]:
     """Return the loss: every term times its weight in the stage."""
     return torch.stack([getattr(stage, name) * term for name, term in terms.items()]).sum()
-
-
-def _noisy(z: Float[Tensor, "*b d"], std: float, generator: torch.Generator) -> Float[Tensor, "*b d"]:
-    return z + std * torch.randn(z.shape, generator=generator).to(z.device) if std else z
 
 
 def _pixels(

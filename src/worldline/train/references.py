@@ -25,13 +25,13 @@ from worldline.core.progress import Task, progress
 from worldline.core.seeding import rng_for, seed_for
 from worldline.data.cache import FrameCache
 from worldline.data.lerobot import Dataset
-from worldline.model.conv import ConvEncoder
-from worldline.model.factors import FactorHead, reading_quality, split_factors
-from worldline.model.references import ACTIONS_ONLY, CANONICAL, CARD, DIRECTORY, FORMAT, ActionsOnly
+from worldline.model.factors import FactorHead
+from worldline.model.references import ACTIONS_ONLY, CANONICAL, CARD, DIRECTORY, FORMAT, ActionsOnly, CanonicalEncoder
 
-_LATENT = 128
 _CHECKS = 30
 """How often a training looks at the validation episodes."""
+_QUALITY_FRAMES = 3000
+"""Of test episodes, on which the encoder is measured."""
 _LEAST_UPDATES = 20
 """A tenth of them is the learning rate's rise, which needs two."""
 
@@ -92,21 +92,6 @@ class MakeReferencesConfig(ReferencesConfig):
     """The dataset: a LeRobot v3 directory with true states. The pack is kept in it."""
 
 
-class CanonicalEncoder(nn.Module):
-    """The convolutional encoder of the `tiny` world with a linear map to the factors, trained on them directly."""
-
-    def __init__(self, image_size: int, outputs: int) -> None:
-        super().__init__()
-        self.encoder = ConvEncoder(image_size=image_size, latent_dim=_LATENT, width=16, head_channels=16)
-        self.out = nn.Linear(_LATENT, outputs)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """Map uint8 pictures (b, h, w, 3) to targets (b, k)."""
-        x = frames.permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        targets: Tensor = self.out(nn.functional.gelu(self.encoder(x)))
-        return targets
-
-
 def make_references(dataset: Dataset, config: ReferencesConfig | None = None) -> Path:
     """Make the dataset's reference pack, or return the one that is there if data and configuration are the same.
 
@@ -151,7 +136,8 @@ def _make(folder: Path, dataset: Dataset, config: ReferencesConfig) -> None:
         with progress(f"references {dataset.spec.name}", config.encoder_updates + config.actions_updates) as task:
             encoder = _train_encoder(dataset, cache, head, splits, config, task)
             forecaster = _train_actions_only(dataset, head, splits, config, task)
-        quality = _quality(dataset, cache, head, encoder, splits["test"])
+        shown = _labelled(dataset, cache, _frame_indices(dataset, splits["test"], _QUALITY_FRAMES, 0))
+        quality = encoder.quality(head, *shown)
         write_bytes(temporary / CANONICAL, save(encoder.state_dict()))
         write_bytes(temporary / ACTIONS_ONLY, save(forecaster.state_dict()))
         card = {
@@ -309,13 +295,3 @@ def _train(
                 break
     model.load_state_dict(kept)
     model.eval()
-
-
-@torch.no_grad()
-def _quality(
-    dataset: Dataset, cache: FrameCache, head: FactorHead, encoder: CanonicalEncoder, episodes: list[int]
-) -> dict[str, tuple[float, float | None]]:
-    frames, state = _labelled(dataset, cache, _frame_indices(dataset, episodes, 3000, 0))
-    readings = head.read(torch.cat([encoder(part) for part in torch.split(frames, 250)]))
-    truth = split_factors(state, head.factors)
-    return {f.name: reading_quality(f, readings[f.name], truth[f.name], head.mean[f.name]) for f in head.factors}
