@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from worldline.bench.ablate import AblateConfig, run
+from worldline.bench.ablate import AblateConfig, _prepare, run
 from worldline.bench.ablate_bars import judge
 from worldline.bench.ablate_figures import draw
 from worldline.bench.ablate_report import summarise
@@ -19,8 +19,9 @@ BASE = (
     "model.latent_dim=8 model.hidden=16 frozen.grounding=0 frozen.motion=0 joint.features=0 joint.loose_frames=0 "
     "joint.batch=4 joint.pixel_frames=4 frozen.batch=4 frozen.rollout=12 frozen.rollout_start=0 validation_windows=4"
 )
+DATA, COLLECTED = Path("datasets/ablate/two_room"), "episodes=60 steps=60"
 GRID = AblateConfig(
-    worlds=("two_room: episodes=60 steps=60",),
+    worlds=(f"two_room: {COLLECTED}",),
     variants=("ours:", "lewm: objective=lewm frozen.steps=0"),
     terms=("broken: joint.lr_encoder=1e20 joint.lr_predictor=1e20",),
     base=BASE,
@@ -28,6 +29,7 @@ GRID = AblateConfig(
     minutes=0.08,
     workers=2,
     publish="docs/published.md",
+    references="encoder_updates=150 encoder_batch=32 actions_updates=20 actions_batch=16 horizon=10",
     test="episodes=8 steps=60 seed=1",
     evaluate="horizon=10 windows=200 draws=100 train_frames=500 validation_frames=200",
     evaluate_first="bounds=true",
@@ -154,5 +156,7 @@ def test_a_grid_is_trained_once_and_told_in_full(tmp_path: Path, monkeypatch: py
     assert again["not_run"] == ["two_room broken 0"]
     assert not Path("runs").exists(), "evidence is enough"
     assert {path: path.read_text() for path in Path("reports/ablate").rglob("*.json")} == kept
+    _prepare(dataclasses.replace(GRID, references="encoder_updates=20 actions_updates=20"), DATA, "two_room", COLLECTED)
+    assert read_json(DATA / "references/references.json")["config"]["encoder_updates"] == 20, "an older pack goes"
     with pytest.raises(WorldlineError, match="is evidence of a run with evaluate"):
         run(dataclasses.replace(grid, evaluate="horizon=20"))

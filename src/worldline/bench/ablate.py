@@ -185,8 +185,7 @@ def _variants_of(config: AblateConfig, world: str, seed: int) -> tuple[str, ...]
 
 def _prepare(config: AblateConfig, path: Path, world: str, options: str) -> None:
     _worldline("collect", f"env={world}", f"path={path}", *options.split())
-    if not (path / "references").exists():
-        _worldline("references", str(path), *config.references.split())
+    _worldline("references", str(path), *config.references.split())
 
 
 def _test_of(data: Path) -> Path:
