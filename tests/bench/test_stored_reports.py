@@ -9,6 +9,7 @@ from worldline.core.files import read_json
 
 REPORTS = Path(__file__).parents[2] / "reports"
 RENDERERS = {
+    "ablate": "bench.ablate_report:render",
     "bench-determinism": "bench.determinism:render",
     "bench-edge": "bench.edge_report:report",
     "bench-feed": "bench.feed:render",
@@ -25,16 +26,12 @@ RENDERERS = {
     "pretrain-probe": "bench.pretrain:render",
     "soak": "bench.soak:render",
 }
-DRAWN = ("ablate",)
-"""Kinds whose report is written with its pictures, which takes too long here."""
 STORED = sorted(REPORTS.glob("????-??-??-*/report.md"))
 
 
 @pytest.mark.parametrize("report", STORED, ids=lambda path: path.parent.name)
 def test_it_is_what_the_code_writes(report: Path) -> None:
     result = read_json(report.with_name("result.json"))
-    if result["kind"] in DRAWN:
-        pytest.skip("written with its pictures")
     module, name = RENDERERS[result["kind"]].split(":")
     render = getattr(import_module(f"worldline.{module}"), name)
     assert render(result) == report.read_text(encoding="utf-8"), "measure again, or write it again from its result.json"

@@ -131,6 +131,14 @@ def recipes_of(config: dict[str, Any]) -> list[str]:
     return [named(text)[0] for text in (*config["variants"], *(t for t in config["terms"] if _objective(t) != ours))]
 
 
+def pictures_of(result: dict[str, Any]) -> list[str]:
+    """Return the names of the pictures that a report of these runs has."""
+    rows, terms = result["runs"], {named(text)[0] for text in result["config"]["terms"]}
+    names = ["drift", "reliability", "frontier"]
+    names += ["planning"] if "success" in rows[0] else []
+    return names + (["terms"] if any(row["variant"] in terms for row in rows) else [])
+
+
 def named(text: str) -> tuple[str, str]:
     """Return the parts of `NAME: OPTIONS`."""
     name, _, options = text.partition(":")

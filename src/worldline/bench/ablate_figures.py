@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from worldline.bench.ablate_bars import named, recipes_of
+from worldline.bench.ablate_bars import named, pictures_of, recipes_of
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#717273", "#8a6d3b")
 _MARK = ("x", "o")
@@ -35,18 +35,16 @@ def draw(result: dict[str, Any]) -> dict[str, str]:
     present = [name for name in recipes if any(row["variant"] == name for row in rows)]
     colours = {variant: _COLOURS[i % len(_COLOURS)] for i, variant in enumerate(present)}
     terms = [row for row in rows if row["variant"] in {named(text)[0] for text in result["config"]["terms"]}]
+    ours = [row for row in rows if row["variant"] == result["ours"]]
+    makers = {
+        "drift": lambda: _drift(rows, worlds, colours),
+        "reliability": lambda: _reliability(rows, worlds, colours, result["horizon"]),
+        "frontier": lambda: _frontier(rows, worlds, colours),
+        "planning": lambda: _planning(rows, worlds, colours, result["oracle"]),
+        "terms": lambda: _terms(ours, terms, colours, result["horizon"]),
+    }
     with matplotlib.rc_context(_STYLE):
-        pictures = {
-            "drift": _drift(rows, worlds, colours),
-            "reliability": _reliability(rows, worlds, colours, result["horizon"]),
-            "frontier": _frontier(rows, worlds, colours),
-        }
-        if "success" in rows[0]:
-            pictures["planning"] = _planning(rows, worlds, colours, result["oracle"])
-        if terms:
-            ours = [row for row in rows if row["variant"] == result["ours"]]
-            pictures["terms"] = _terms(ours, terms, colours, result["horizon"])
-    return pictures
+        return {name: makers[name]() for name in pictures_of(result)}
 
 
 def _grid(worlds: list[str], count: int, title: str) -> tuple[Figure, np.ndarray]:

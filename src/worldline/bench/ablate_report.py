@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from worldline.bench.ablate_bars import difference, judge, named, two
+from worldline.bench.ablate_bars import difference, judge, named, pictures_of, two
 from worldline.core.errors import WorldlineError
 from worldline.core.files import read_json, write_bytes
 from worldline.core.seeding import rng_for
@@ -204,15 +204,15 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
     """Write the report and its pictures from `result.json` alone; return the report's path."""
     from worldline.bench.ablate_figures import draw
 
-    pictures = draw(result)
-    for title, svg in pictures.items():
+    for title, svg in draw(result).items():
         write_bytes(folder / f"{title}.svg", svg.encode())
     path = folder / "report.md"
-    write_bytes(path, "\n".join(_lines(result, [f"{title}.svg" for title in pictures])).encode())
+    write_bytes(path, render(result).encode())
     return path
 
 
-def _lines(result: dict[str, Any], pictures: list[str]) -> list[str]:
+def render(result: dict[str, Any]) -> str:
+    """Return the report, without its pictures."""
     config, made, rows = result["config"], result["provenance"], result["runs"]
     worlds, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("world", "variant"))
     lines = [
@@ -225,7 +225,7 @@ def _lines(result: dict[str, Any], pictures: list[str]) -> list[str]:
         *_sample(config, rows),
         "",
     ]
-    lines += [f"![{Path(picture).stem}]({picture})\n" for picture in pictures]
+    lines += [f"![{picture}]({picture}.svg)\n" for picture in pictures_of(result)]
     if bars := judge(result):
         lines += ["## What was asked", "", "| world | of | asked | found | kept |", "|---|---|---|---|---|"]
         lines += [f"| {bar.world} | {bar.of} | {bar.asked} | {bar.found} | {bar.verdict} |" for bar in bars]
@@ -247,7 +247,7 @@ def _lines(result: dict[str, Any], pictures: list[str]) -> list[str]:
         mine = next((row for row in rows if row["variant"] == variant), None)
         shown = [*mine["model"].values(), f"{mine['parameters']:,}"] if mine else [""] * 3
         lines.append(f"| {variant} | `{options}` | {' | '.join(shown)} |")
-    return [*lines, "", f"Again: `{made['command']}`", ""]
+    return "\n".join([*lines, "", f"Again: `{made['command']}`", ""])
 
 
 def _budget(config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
