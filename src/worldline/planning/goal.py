@@ -19,7 +19,7 @@ from worldline.planning.screen import Screen, Step
 
 Over = Literal["mean", "last"]
 
-_CONTENDERS = 8
+_CONTENDERS = 12
 """Candidates around the border between elites and others that are imagined exactly at least."""
 _SAFETY = 7.0
 """Candidates farther from the border than this many times the error seen there (root mean square) count as decided."""
