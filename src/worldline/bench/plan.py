@@ -73,7 +73,7 @@ class Problem:
             for step in range(config.steps):
                 state = self.world.step(state, candidates[:, step])
             costs = (state.z - self.goal).square().sum(dim=-1)
-            elites = torch.topk(costs, config.elites, largest=False).indices.sort().values
+            elites = torch.argsort(costs, stable=True)[: config.elites].sort().values
             mean = candidates[elites].mean(dim=0)
             std = torch.maximum(candidates[elites].std(dim=0, correction=0), config.min_std * scale)
             chosen.append(elites)

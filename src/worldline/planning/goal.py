@@ -15,6 +15,7 @@ from torch import Tensor
 
 from worldline.core.errors import WorldlineError
 from worldline.model.world import State, World
+from worldline.planning.planners import least
 from worldline.planning.screen import Screen, Step
 
 Over = Literal["mean", "last"]
@@ -87,7 +88,7 @@ class GoalCost:
         if screened and not torch.isfinite(border):  # a reference that is not a number tells nothing
             screened, costs = False, _defined(self._exact(problem, actions))
         if not screened:
-            return torch.topk(costs, k, largest=False).indices
+            return least(costs, k)
         away = (costs - border).abs()
         nearest, checked = torch.argsort(away), costs.clone()
         known, before = 0, self._errors[problem]
@@ -110,7 +111,7 @@ class GoalCost:
         self._rounds[problem] += 1
         moved = known > 4 * _CONTENDERS and not self._stale[problem]  # else it has just been made
         self._stale[problem] = self._rounds[problem] in _RENEWED or moved  # the search has narrowed or moved on
-        return torch.topk(checked, k, largest=False).indices
+        return least(checked, k)
 
     def _exact(self, problem: int, actions: Float[Tensor, "n t a"]) -> Float[Tensor, " n"]:
         n = len(actions)

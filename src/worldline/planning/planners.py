@@ -141,8 +141,13 @@ def elites(cost: Cost, candidates: Float[Tensor, "p n t a"], k: int) -> Int64[Te
     if own is not None:
         chosen = own(candidates, k)
     else:
-        chosen = torch.topk(_defined(cost(candidates)), k, dim=1, largest=False).indices
+        chosen = least(_defined(cost(candidates)), k)
     return chosen.sort(dim=1).values  # so that sums over elites do not depend on how they were found
+
+
+def least(costs: Float[Tensor, "*p n"], k: int) -> Int64[Tensor, "*p k"]:
+    """Return which k cost least; of equal costs the first, which `topk` leaves open."""
+    return torch.argsort(costs, dim=-1, stable=True)[..., :k]
 
 
 def _cem(cost: Cost, space: Space, config: PlannerConfig, noise: Noise, mean: Tensor) -> Tensor:
@@ -169,7 +174,7 @@ def _icem(cost: Cost, space: Space, config: PlannerConfig, noise: Noise, mean: T
         drawn = noise.coloured(*shape, config.noise_exponent)
         candidates = torch.cat((space.clip(mean[:, None] + std[:, None] * drawn), kept), dim=1)
         costs = _defined(cost(candidates))
-        best = _take(candidates, torch.topk(costs, config.elites, dim=1, largest=False).indices)  # best first
+        best = _take(candidates, least(costs, config.elites))  # best first
         mean, std = best.mean(dim=1), _spread(best, space, config)
         kept = best[:, : max(num_kept, 1)]
     return kept[:, 0]
