@@ -186,17 +186,19 @@ def _correlation(rows: list[dict[str, Any]]) -> dict[str, Any]:
     The interval is over draws of checkpoints.
     """
     worlds = list(dict.fromkeys(row["world"] for row in rows))
-    found = {}
+    found: dict[str, Any] = {}
     for name, among in {**{world: [world] for world in worlds}, "all": worlds}.items():
         here = [row for row in rows if row["world"] in among and row["hri"]]
+        found[name] = {"spearman": None, "checkpoints": len(here)}
+        if len(here) < 3:
+            continue
         hri = np.array([row["hri"]["value"] for row in here])
         success = np.array([np.mean(list(row["success"].values())) for row in here])
-        drawn = rng_for("checkpoints", len(here)).integers(len(here), size=(len(here), DRAWS)) if here else np.empty(0)
-        chosen = np.column_stack([np.arange(len(here)), drawn]) if len(here) > 2 else np.zeros((0, 1), dtype=int)
-        rho = rank_correlation(hri[chosen], success[chosen]) if len(chosen) else np.full(1, np.nan)
-        known = rho[np.isfinite(rho)]
-        spearman = _rounded(known) if np.isfinite(rho[0]) else None
-        found[name] = {"spearman": spearman, "checkpoints": len(here)}
+        drawn = rng_for("checkpoints", len(here)).integers(len(here), size=(len(here), DRAWS))
+        chosen = np.column_stack([np.arange(len(here)), drawn])
+        rho = rank_correlation(hri[chosen], success[chosen])
+        if np.isfinite(rho[0]):
+            found[name]["spearman"] = _rounded(rho[np.isfinite(rho)])
     return found
 
 
