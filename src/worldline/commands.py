@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_PORT = 8765
-BENCHMARKS = ("determinism", "edge", "engine", "loader", "micro", "optimise", "plan", "play", "storm", "train")
+BENCHMARKS = (
+    "determinism",
+    "edge",
+    "engine",
+    "loader",
+    "micro",
+    "optimise",
+    "plan",
+    "play",
+    "storm",
+    "train",
+    "update",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,6 +411,14 @@ def _bench_train(config: Any, flags: set[str]) -> int:
 
 def _bench_pretrain(config: Any, flags: set[str]) -> int:
     from worldline.bench.pretrain import run
+
+    started = time.monotonic()
+    wrote(run(config).parent, started)
+    return 0
+
+
+def _bench_update(config: Any, flags: set[str]) -> int:
+    from worldline.bench.update import run
 
     started = time.monotonic()
     wrote(run(config).parent, started)
@@ -906,6 +926,23 @@ COMMANDS: dict[str, Command] = {
             config="worldline.bench.pretrain:PretrainBenchConfig",
             path="encoder",
             path_required=True,
+        ),
+        Command(
+            name="bench update",
+            summary="an update of a masked pre-training on one device: clips a second, share of the peak, memory",
+            about="""
+            Updates a video transformer on one batch that lies on the device, counts the operations of the training's
+            own code, and on CUDA puts the measured peak of memory beside what `worldline plan-memory` counts.
+            """,
+            examples=(
+                ("worldline bench update device=cuda model=vit_huge batch=16", "650 million parameters on one GPU"),
+                (
+                    "worldline bench update device=cuda model=vit_huge batch=32 parallel.checkpointing=true",
+                    "more clips",
+                ),
+            ),
+            run=_bench_update,
+            config="worldline.bench.update:UpdateBenchConfig",
         ),
         Command(
             name="bench play",

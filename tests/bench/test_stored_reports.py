@@ -19,6 +19,7 @@ RENDERERS = {
     "bench-play": "bench.play:render",
     "bench-storm": "bench.storm:render",
     "bench-train": "bench.train:render",
+    "bench-update": "bench.update:render",
     "bottleneck": "bench.bottleneck_report:render",
     "engine": "bench.engine:render",
     "memory": "train.memory_report:render",

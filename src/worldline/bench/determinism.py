@@ -16,7 +16,7 @@ from worldline.bench.harness import compare
 from worldline.core.errors import WorldlineError
 from worldline.core.files import read_json, write_bytes
 from worldline.core.result import write_result
-from worldline.engine.determinism import Level
+from worldline.engine.determinism import Level, prepare
 from worldline.engine.runtime import Engine
 from worldline.engine.workloads.latent import LatentWorkload, Mode
 from worldline.engine.workloads.static_world import unsupported
@@ -42,19 +42,21 @@ class DeterminismBenchConfig:
     """Frames of each process whose hash chains are compared, at least 200."""
     seed: int = 0
     """Of the start and of the hand that steers."""
+    device: str = "cpu"
+    """cpu or cuda."""
     reports: str = "reports"
-    """Where `DATE-determinism/` is written."""
+    """Where `DATE-determinism/` is written, or `DATE-determinism-cuda/`."""
     publish: str | None = None
     """Where the page goes besides, such as docs/reports."""
 
 
 def run(config: DeterminismBenchConfig) -> Path:
-    """Compare the levels in turns, in every mode that the world has on a CPU; chains across processes and threads.
+    """Compare the levels in turns, eager and as a graph; chains across processes, and on a CPU across threads.
 
     Writes `result.json` and `report.md`; returns the report's path.
 
     Raises:
-        WorldlineError: no such checkpoint, or too short a time or too few frames to say anything.
+        WorldlineError: no such checkpoint or device, or too short a time or too few frames to say anything.
     """
     if config.compare_seconds <= 0 or config.frames < 200:
         raise WorldlineError(
@@ -62,8 +64,10 @@ def run(config: DeterminismBenchConfig) -> Path:
             f"{config.compare_seconds} and {config.frames}"
         )
     torch.set_num_threads(1)
-    world = LatentWorkload.open(config.checkpoint, "eager").world
-    modes: list[Mode] = ["eager"] if unsupported(world) else ["graph", "eager"]
+    on_cpu = config.device == "cpu"
+    prepare("machine", not on_cpu)
+    world = LatentWorkload.open(config.checkpoint, "eager", config.device).world
+    modes: list[Mode] = ["eager"] if on_cpu and unsupported(world) else ["graph", "eager"]
     actions = hand(world.spec, 1000, config.seed)
     timing: dict[str, Any] = {}
     chains: dict[str, Any] = {}
@@ -71,7 +75,8 @@ def run(config: DeterminismBenchConfig) -> Path:
     for mode in modes:
         timing[mode] = []
         for pair in _PAIRS:
-            engines = [Engine(LatentWorkload.open(config.checkpoint, mode), determinism=level) for level in pair]
+            workloads = [LatentWorkload.open(config.checkpoint, mode, config.device) for _ in pair]
+            engines = [Engine(each, determinism=level) for each, level in zip(workloads, pair, strict=True)]
             for engine in engines:
                 engine.reset(config.seed)
             calls = [lambda e=engine: e.step(actions[e.id % len(actions)]) for engine in engines]
@@ -79,11 +84,20 @@ def run(config: DeterminismBenchConfig) -> Path:
                 (pair[0], calls[0]), (pair[1], calls[1]), budget_s=config.compare_seconds, calls_a_turn=_CALLS
             )
             timing[mode].append(found.to_json())
-        played = EngineBenchConfig(checkpoint=config.checkpoint, frames=config.frames, seed=config.seed, mode=mode)
+        played = EngineBenchConfig(
+            checkpoint=config.checkpoint, frames=config.frames, seed=config.seed, mode=mode, device=config.device
+        )
         chains[mode] = [elsewhere(played, None)["chain"] for _ in range(2)]
-        threads[mode] = _threads(config, mode, actions)
-    folder = Path(config.reports) / f"{date.today():%Y-%m-%d}-determinism"
-    figures = {"checkpoint": config.checkpoint, "frames": config.frames, "chains": chains, "threads": threads}
+        if on_cpu:
+            threads[mode] = _threads(config, mode, actions)
+    folder = Path(config.reports) / f"{date.today():%Y-%m-%d}-determinism{'' if on_cpu else '-cuda'}"
+    figures = {
+        "checkpoint": config.checkpoint,
+        "device": "cpu" if on_cpu else torch.cuda.get_device_name(),
+        "frames": config.frames,
+        "chains": chains,
+        "threads": threads,
+    }
     write_result(folder / "result.json", "bench-determinism", figures, timing)
     page = render(read_json(folder / "result.json")).encode()
     write_bytes(folder / "report.md", page)
@@ -116,8 +130,8 @@ def render(result: dict[str, Any]) -> str:
     lines = [
         "# What determinism costs",
         "",
-        f"`{result['checkpoint']}` on a CPU, frames per busy second at each level, pairs in turns of {_CALLS} frames "
-        "(AB BA AB ...), median ratio of times with its 95% interval.",
+        f"`{result['checkpoint']}` on {_where(result)}, frames per busy second at each level, pairs in turns of "
+        f"{_CALLS} frames (AB BA AB ...), median ratio of times with its 95% interval.",
         "",
         "| level | promise |",
         "|---|---|",
@@ -147,8 +161,8 @@ def render(result: dict[str, Any]) -> str:
     lines += ["", *(_price(mode, pairs[-1]) for mode, pairs in result["timing"].items())]
     lines += [
         "",
-        "What is paid for: hashes, settings made and put back around the frame, and on a GPU other kernels. "
-        "On CUDA: not yet measured.",
+        "What is paid for: hashes, settings made and put back around the frame, and on a GPU other kernels "
+        "(`device=cuda`).",
         "",
         f"Machine: {made['machine']['processor']}, {made['machine']['cores']} cores; torch "
         f"{made['versions'].get('torch')}; commit {made['commit']}.",
@@ -157,6 +171,11 @@ def render(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _where(result: dict[str, Any]) -> str:
+    device = result.get("device", "cpu")
+    return "a CPU" if device == "cpu" else f"an {device}"
 
 
 def _price(mode: str, found: dict[str, Any]) -> str:

@@ -50,7 +50,7 @@ class EngineBenchConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """float32, and on cuda bfloat16 or float16; the plain loop stays in float32."""
     reports: str = "reports"
-    """Where `DATE-engine/` is written."""
+    """Where `DATE-engine/` is written, or `DATE-engine-cuda/`."""
     determinism: Literal["run", "machine"] = "machine"
     """What is promised about bits; `worldline bench determinism` compares the levels."""
     contracts: Literal["strict", "warn", "off"] = "strict"
@@ -83,7 +83,7 @@ def run(config: EngineBenchConfig) -> Path:
         "tensors": [first["tensors"], second["tensors"]],
     }
     timing = {"runs": [first["timing"], second["timing"]], "comparisons": first["comparisons"]}
-    folder_path = Path(config.reports) / f"{date.today():%Y-%m-%d}-engine"
+    folder_path = Path(config.reports) / f"{date.today():%Y-%m-%d}-engine{'' if config.device == 'cpu' else '-cuda'}"
     write_result(folder_path / "result.json", "engine", figures, timing)
     report = folder_path / "report.md"
     write_bytes(report, render(read_json(folder_path / "result.json")).encode())

@@ -40,8 +40,8 @@ def plain_sigreg(
     z: Float[Tensor, "g n d"], directions: Float[Tensor, "d p"], knots: int = 17, t_max: float = 3.0
 ) -> Float[Tensor, ""]:
     """Return SIGReg with Epps-Pulley, all knots in one tensor. Source: arXiv 2511.08544."""
-    t = torch.linspace(0.0, t_max, knots)
-    weights = torch.full((knots,), 2 * t_max / (knots - 1))
+    t = torch.linspace(0.0, t_max, knots, device=z.device)
+    weights = torch.full((knots,), 2 * t_max / (knots - 1), device=z.device)
     weights[[0, -1]] = t_max / (knots - 1)
     gaussian = torch.exp(-t.square() / 2)
     angles = (z @ (directions / directions.norm(dim=0))).unsqueeze(-1) * t  # (g, n, p, knots)

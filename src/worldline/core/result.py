@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -20,12 +21,14 @@ def provenance() -> dict[str, Any]:
     """Return commit, command, versions, machine and time of this process.
 
     `command` tells paths below the working directory without it. `commit` is None outside a git checkout of the
-    project; `-dirty` is appended when tracked files differ from it.
+    project, or what WORLDLINE_COMMIT says of a copy without one; `-dirty` is appended when tracked files differ from
+    it. The machine's `gpu` is told by a process that has used CUDA.
     """
+    machine = {"processor": _processor(), "cores": _cores(), "system": platform.platform(terse=True)}
     return {
         "command": shlex.join([_program(), *(word.replace(f"{Path.cwd()}/", "") for word in sys.argv[1:])]),
         "commit": _commit(),
-        "machine": {"processor": _processor(), "cores": _cores(), "system": platform.platform(terse=True)},
+        "machine": machine | _gpu(),
         "python": platform.python_version(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -53,10 +56,17 @@ def _version(name: str) -> str | None:
 def _commit() -> str | None:
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("WORLDLINE_COMMIT")
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty", "--match="]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
+
+
+def _gpu() -> dict[str, str]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    return {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
 
 
 def _processor() -> str:
@@ -69,6 +79,4 @@ def _processor() -> str:
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

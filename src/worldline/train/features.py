@@ -25,8 +25,8 @@ _COARSE_VARIANCE, _PIXEL_VARIANCE = 2.0, 0.2
 """Variance of a component of large cells, and mean variance of the pixels', beside 1 of a component of small cells."""
 _DIRECTIONS, _CELL = 8, 8
 """Directions of edges, and half a small cell's side in pixels; large cells are twice as wide, all overlap by half."""
-_CHUNK = 32
-"""Pictures described at once: few enough for a processor's cache."""
+_CHUNK = {"cpu": 32, "cuda": 1024}
+"""Pictures described at once: few enough for a processor's cache, enough to fill a GPU."""
 
 
 class PictureFeatures:
@@ -34,11 +34,12 @@ class PictureFeatures:
 
     Edges are looked at twice: in small cells, which say where they are, and in large ones, which see an object's angle
     almost wherever it is. Whitening asks for small differences as loudly as for large ones. Fitted on sample pictures
-    alone, so that it can be made again from the same sample. Sources: histograms of oriented gradients as a target,
-    MaskFeat, arXiv 2112.09133; smooth tuning to 8 signed directions by the cube of the cosine.
+    alone, on a CPU, so that it can be made again from the same sample; pictures are described on `device`. Sources:
+    histograms of oriented gradients as a target, MaskFeat, arXiv 2112.09133; smooth tuning to 8 signed directions by
+    the cube of the cosine.
     """
 
-    def __init__(self, frames: UInt8[np.ndarray, "n h w 3"]) -> None:
+    def __init__(self, frames: UInt8[np.ndarray, "n h w 3"], device: str = "cpu") -> None:
         pictures = torch.from_numpy(frames.copy())
         edges = torch.cat([_edges(part) for part in _chunks(pictures)])
         coarse = _coarser(edges, pictures.shape[1])
@@ -50,6 +51,10 @@ class PictureFeatures:
         self._pixel_mean, pixel_axes, pixel_variance = _principal(pixels, _PIXELS)
         self._pixel_map = pixel_axes / pixel_variance.pow(0.25)  # (3 h w / 4, p)
         self._pixel_map *= (_PIXEL_VARIANCE / pixel_variance.sqrt().mean()).sqrt()
+        self._device = torch.device(device)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(self._device))
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -59,7 +64,7 @@ class PictureFeatures:
     def __call__(self, frames: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n k"]:
         """Describe pictures: edges in small cells, in large cells, then pixels."""
         parts = []
-        for part in _chunks(frames):
+        for part in _chunks(frames.to(self._device)):
             edges = _edges(part)
             coarse = (_coarser(edges, part.shape[1]) - self._coarse_mean) @ self._coarse_map
             pixels = (_pixels(part) - self._pixel_mean) @ self._pixel_map
@@ -83,12 +88,13 @@ class FeatureHead(nn.Module):
 
 
 def _chunks(frames: UInt8[Tensor, "n h w 3"]) -> list[UInt8[Tensor, "m h w 3"]]:
-    return [frames[i : i + _CHUNK] for i in range(0, len(frames), _CHUNK)]
+    size = _CHUNK[frames.device.type]
+    return [frames[i : i + size] for i in range(0, len(frames), size)]
 
 
 def _edges(frames: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n k"]:
     """Return how much edge of each direction each cell holds, by the grey picture's central differences."""
-    grey = frames.float() @ torch.full((3,), 1 / (3 * 255.0))
+    grey = frames.float() @ torch.full((3,), 1 / (3 * 255.0), device=frames.device)
     across = F.pad(grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2], (1, 1, 1, 1)) / 2
     down = F.pad(grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1], (1, 1, 1, 1)) / 2
     inverse = 1.0 / (across.square() + down.square() + 1e-8)

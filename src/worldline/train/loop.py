@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from worldline.core.devices import require_device
 from worldline.core.errors import WorldlineError
 from worldline.core.memory import keep_freed_memory
 from worldline.core.progress import Task, progress
@@ -65,8 +66,10 @@ def train(config: TrainConfig) -> Path:
     An unfinished run at `config.path` goes on from its last checkpoint; a finished one is returned as it is.
 
     Raises:
-        WorldlineError: the data or the run directory do not fit, or the loss stopped being a finite number.
+        WorldlineError: the data or the run directory do not fit, there is no such device, or the loss stopped being a
+            finite number.
     """
+    require_device(config.device)
     dataset = open_dataset(config.data)
     with open_run(config, dataset.fingerprint) as finished, threads(config.threads):
         if finished:
@@ -107,7 +110,8 @@ class Training:
         self.gauge_frames = sample
         background = np.median(sample[:: max(1, len(sample) // _BACKGROUND_FRAMES)], axis=0) / 255.0
         self.background = torch.from_numpy(background.astype(np.float32)).to(config.device)
-        self.features = PictureFeatures(sample) if config.joint.features and config.joint.steps else None
+        wanted = config.joint.features and config.joint.steps
+        self.features = PictureFeatures(sample, config.device) if wanted else None
         source = None if config.encoder is None else load_world(config.encoder)
         self.world, self.heads = new_modules(config, dataset, self.features, source)
         self.geometry: Geometry | None = None

@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from worldline.core.devices import require_device
 from worldline.core.errors import WorldlineError, require_at_least
 from worldline.core.files import atomic_path
 from worldline.core.memory import keep_freed_memory
@@ -166,8 +167,10 @@ def pretrain(config: PretrainConfig) -> Path:
     Called by every rank; alone in a plain process.
 
     Raises:
-        WorldlineError: clips, run directory or ranks do not fit, or the loss stopped being a finite number.
+        WorldlineError: clips, run directory or ranks do not fit, there is no such device, or the loss stopped being a
+            finite number.
     """
+    require_device(config.device)
     parts = [open_clips(path) for path in (config.data, *config.also)]
     clips = JoinedClips(parts) if len(parts) > 1 else parts[0]
     check_fit(config.data, clips, config.model)

@@ -143,12 +143,6 @@ class DeviceWorld:
         return torch.cat((gauge.radius(z) / gauge.radius99, gap / gauge.cycle99))
 
 
-def require_device(device: str) -> None:
-    """Raise WorldlineError for a device that is not there."""
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise WorldlineError(f"device={device}: torch sees no such device here; play with device=cpu")
-
-
 def _captured(run: Callable[[], None]) -> Callable[[], None]:
     """Return the replay of what `run` does on the device."""
     stream = torch.cuda.Stream()

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from worldline.core.devices import require_device
 from worldline.core.errors import WorldlineError
 from worldline.core.files import write_bytes
 from worldline.core.seeding import rng_for, seed_for
@@ -27,7 +28,7 @@ from worldline.data.simulators import Observation, Simulator, make_simulator
 from worldline.engine.recording import Recording
 from worldline.engine.workload import Stage
 from worldline.engine.workloads.company import Company
-from worldline.engine.workloads.device_world import DeviceWorld, Dtype, require_device
+from worldline.engine.workloads.device_world import DeviceWorld, Dtype
 from worldline.engine.workloads.static_world import StaticWorld, unsupported
 from worldline.model.checkpoint import find_world, load_world, weights_sha256
 from worldline.model.world import State, World
