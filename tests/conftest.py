@@ -7,6 +7,7 @@ from importlib.util import find_spec
 # Set before torch is loaded: the tests share the cores with each other, and one thread keeps the bits of golden files.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before any test uses CUDA
 
 import pytest
 

@@ -16,7 +16,7 @@ from worldline.bench.harness import compare
 from worldline.core.errors import WorldlineError
 from worldline.core.files import read_json, write_bytes
 from worldline.core.result import write_result
-from worldline.engine.determinism import Level, prepare
+from worldline.engine.determinism import Level
 from worldline.engine.runtime import Engine
 from worldline.engine.workloads.latent import LatentWorkload, Mode
 from worldline.engine.workloads.static_world import unsupported
@@ -65,7 +65,6 @@ def run(config: DeterminismBenchConfig) -> Path:
         )
     torch.set_num_threads(1)
     on_cpu = config.device == "cpu"
-    prepare("machine", not on_cpu)
     world = LatentWorkload.open(config.checkpoint, "eager", config.device).world
     modes: list[Mode] = ["eager"] if on_cpu and unsupported(world) else ["graph", "eager"]
     actions = hand(world.spec, 1000, config.seed)

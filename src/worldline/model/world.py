@@ -150,7 +150,9 @@ class World(nn.Module):
                 f"this world sees uint8 pictures of shape (..., {size}, {size}, 3), "
                 f"got {str(frames.dtype).removeprefix('torch.')} {tuple(frames.shape)}; resize them first"
             )
-        x = frames.reshape(-1, size, size, 3).permute(0, 3, 1, 2)  # channels last in memory, which convolutions like
+        x = frames.reshape(-1, size, size, 3).permute(0, 3, 1, 2)  # channels last in memory, as a CPU likes it
+        if x.is_cuda:
+            x = x.contiguous()  # depthwise convolutions of few channels
         z: Tensor = self.latent_norm(self.encoder(x.float() / 127.5 - 1.0))
         return self._project(z.reshape(*frames.shape[:-3], self.config.latent_dim))
 

@@ -35,15 +35,15 @@ class _Characteristic(torch.autograd.Function):
         ctx.save_for_backward(y)
         ctx.spacing, ctx.points = spacing, points
         sums = y.new_empty(points, 2, y.shape[0], y.shape[2])
-        for group, columns in _chunks(y):
-            x = spacing * y[group, :, columns]
-            now = torch.stack((x.cos(), x.sin()))  # (2, n, p), of k = 1
+        for groups, columns in _chunks(y):
+            x = spacing * y[groups, :, columns]
+            now = torch.stack((x.cos(), x.sin()))  # (2, g, n, p), of k = 1
             once, before = now[0].clone(), torch.zeros_like(now)
             before[0] = 1.0
             for k in range(1, points + 1):
                 if k > 1:
                     now, before = before.addcmul_(once, now, value=2.0 * _sign(k) * _sign(k - 1)), now
-                torch.sum(now, dim=1, out=sums[k - 1, :, group, columns])
+                torch.sum(now, dim=2, out=sums[k - 1, :, groups, columns])
         return sums.mul_(_signs(points, y) / y.shape[1])
 
     @staticmethod
@@ -55,15 +55,15 @@ class _Characteristic(torch.autograd.Function):
         # d cos = -sin, d sin = cos: the gradient's series in cosines and in sines
         series = torch.stack((grad[:, 1], -grad[:, 0]), dim=1).mul_(rate * _signs(points, y))  # (k, 2, g, p)
         result = torch.empty_like(y)
-        for group, columns in _chunks(y):
-            x = spacing * y[group, :, columns]
+        for groups, columns in _chunks(y):
+            x = spacing * y[groups, :, columns]
             once = x.cos()
             after, later = x.new_zeros(2, *x.shape), x.new_zeros(2, *x.shape)  # Clenshaw's b of k + 1 and k + 2
             for k in range(points, 0, -1):
                 b = later.addcmul_(once, after, value=2.0 * _sign(k) * _sign(k + 1))
-                after, later = b.add_(series[k - 1, :, group, None, columns]), after
+                after, later = b.add_(series[k - 1, :, groups, None, columns]), after
             # b_1 cos(x) - b_2 of the cosines, b_1 sin(x) of the sines; b_2 is kept with a minus
-            result[group, :, columns] = (after[0] * once).add_(later[0]).addcmul_(after[1], x.sin())
+            result[groups, :, columns] = (after[0] * once).add_(later[0]).addcmul_(after[1], x.sin())
         return result, None, None
 
 
@@ -76,9 +76,13 @@ def _signs(points: int, like: Tensor) -> Float[Tensor, "k 1 1 1"]:
     return like.new_tensor([_sign(k) for k in range(1, points + 1)])[:, None, None, None]
 
 
-def _chunks(y: Float[Tensor, "g n p"]) -> Iterator[tuple[int, slice]]:
+def _chunks(y: Float[Tensor, "g n p"]) -> Iterator[tuple[slice, slice]]:
+    """Yield which groups and which projections to take at once: all on a GPU, and on a CPU what its cache holds."""
+    if y.device.type != "cpu":
+        yield slice(None), slice(None)
+        return
     groups, n, p = y.shape
-    width = max(16, _CHUNK // n) if y.device.type == "cpu" else p
+    width = max(16, _CHUNK // n)
     for group in range(groups):
         for first in range(0, p, width):
-            yield group, slice(first, first + width)
+            yield slice(group, group + 1), slice(first, first + width)

@@ -47,6 +47,7 @@ from worldline.train.config import StageConfig, TrainConfig, rollout_length, sta
 from worldline.train.estimate import fit_estimator, rollout_steps
 from worldline.train.features import PictureFeatures
 from worldline.train.geometry import Geometry, measure_geometry
+from worldline.train.imagine import Imagination
 from worldline.train.losses import warmup_cosine
 from worldline.train.modules import encoder_parts, new_modules
 from worldline.train.objective import Terms, frozen_terms, joint_terms, weighted_sum
@@ -58,6 +59,8 @@ __all__ = ["TrainConfig", "train"]
 
 _BACKGROUND_FRAMES = 256
 _GAUGE_FRAMES = 2000
+_LOADERS = 4
+"""Threads that make batches for a GPU, which leaves the CPU idle."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -114,6 +117,7 @@ class Training:
         self.features = PictureFeatures(sample, config.device) if wanted else None
         source = None if config.encoder is None else load_world(config.encoder)
         self.world, self.heads = new_modules(config, dataset, self.features, source)
+        self.imagine = Imagination(self.world, config.device)
         self.geometry: Geometry | None = None
         self.average: World | None = None
         self.optimizer: torch.optim.AdamW | None = None
@@ -149,7 +153,8 @@ class Training:
         name, stage, first = stage_at(self.config, self.step)
         produce = self.enter(name, stage)
         sums, count, mark, waited = Terms(), 0, time.perf_counter(), 0.0
-        with Prefetcher(produce, first, stage.steps) as batches:
+        loaders = 1 if self.config.device == "cpu" else _LOADERS
+        with Prefetcher(produce, first, stage.steps, depth=3 * loaders, num_threads=loaders) as batches:
             for local, batch in enumerate(batches, start=first):
                 terms, gradient = self.update(name, stage, local, batch)
                 self.step += 1
@@ -175,7 +180,6 @@ class Training:
         """Do one update; return its terms and the gradient's norm before clipping."""
         assert self.optimizer is not None
         device = torch.device(self.config.device)
-        batch = type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
         factor = warmup_cosine(local, steps=stage.steps, warmup=stage.warmup, end=stage.lr_end)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -187,7 +191,15 @@ class Training:
             else:
                 generator = torch.Generator().manual_seed(seed_for(self.config.seed, "frozen-terms", local))
                 terms = frozen_terms(
-                    self.world, self.heads, batch, stage, rollout, self.background, generator, self.geometry
+                    self.world,
+                    self.heads,
+                    batch,
+                    stage,
+                    rollout,
+                    self.background,
+                    generator,
+                    self.geometry,
+                    self.imagine,
                 )
         loss = weighted_sum(terms, stage)
         self.optimizer.zero_grad(set_to_none=True)
@@ -232,12 +244,26 @@ class Training:
             if self.average is not None:
                 self.average.gauge.load_state_dict(self.world.gauge.state_dict())
         if joint:
-            return JointWindows(self.cache, stage, self.config.model.context, self.config.seed, self.features)
+            return self._staged(
+                JointWindows(self.cache, stage, self.config.model.context, self.config.seed, self.features)
+            )
         produce = FrozenWindows(self.cache, stage, self.world, self.config.seed)
         if stage.excess_growth or stage.rollout_sigreg:
             found = measure_geometry(produce.latents, stage.rollout, self.config.seed)
             self.geometry = Geometry(*(tensor.to(self.config.device) for tensor in found))
-        return produce
+        return self._staged(produce)
+
+    def _staged(self, produce: Callable[[int], Any]) -> Callable[[int], Any]:
+        """Return what makes a batch and puts it where it is computed with, so that the thread that calls it does it."""
+        device = self.config.device
+        if device == "cpu":
+            return produce
+
+        def staged(step: int) -> Any:
+            batch = produce(step)
+            return type(batch)(*(t if t.is_cuda else t.pin_memory().to(device, non_blocking=True) for t in batch))
+
+        return staged
 
     def _checkpoint(self, name: str, stage: StageConfig, ends: bool) -> None:
         """Validate, decide whether this is the best so far, and save."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -71,8 +72,8 @@ class DeviceWorld:
                 runs = {name: _captured(run) for name, run in runs.items()}
         self.compiled = _compiled_key() if mode == "compile" else ""
         """What `torch.compile` made; equal keys, equal kernels."""
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(6)] if cuda else []
-        self._events = events
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(6)] if cuda else []
+        self._marks: list[tuple[str, torch.cuda.Event]] = []  # of the frame at work: a reset has no step
         parts = {"h2d": self._send, **runs, "d2h": self._fetch}
         writes = {"step": self.state_names, "decode": ("frame",)}
         self.stages = tuple(
@@ -96,8 +97,9 @@ class DeviceWorld:
         if self._events:
             self._events[5].record()
             self._events[5].synchronize()
-            pairs = zip(self.stages, self._events, self._events[1:], strict=False)
-            self.spans_ns = {stage.name: round(a.elapsed_time(b) * 1e6) for stage, a, b in pairs}
+            pairs = pairwise([*self._marks, ("", self._events[5])])
+            self.spans_ns = {name: round(a.elapsed_time(b) * 1e6) for (name, a), (_, b) in pairs}
+            self._marks.clear()
 
     def _timed(self, name: str, number: int, run: Callable[[], None]) -> Callable[[], None]:
         """Let the device's clock and a profiler see a stage under its name."""
@@ -107,6 +109,7 @@ class DeviceWorld:
 
         def timed() -> None:
             event.record()
+            self._marks.append((name, event))
             nvtx.range_push(name)
             run()
             nvtx.range_pop()
