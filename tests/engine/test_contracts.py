@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from engine_world import SmallWorld, actions
+from torch.utils._pytree import tree_map_only
 
 from worldline.core.errors import WorldlineError
+from worldline.engine import contracts
 from worldline.engine.contracts import Contracts, ContractViolation, slope, synchronises
 from worldline.engine.runtime import Engine
 from worldline.engine.workload import Stage
@@ -118,23 +120,47 @@ def test_the_interval_of_a_trend_holds_the_truth() -> None:
     assert 388 <= held < 400  # 99%
 
 
+class OnDevice(torch.Tensor):
+    """Says that it lies on a device."""
+
+    device = torch.device("cuda", 0)
+
+
 def test_what_waits_for_a_device() -> None:
     """Told from the operations alone, with tensors that stand for those of a device."""
     device, cpu = torch.zeros(3, device="meta"), torch.zeros(3)
-
-    class Device:
-        type = "cuda"
-
-    class OnDevice(torch.Tensor):
-        device = Device()
-
     there = torch.zeros(3).as_subclass(OnDevice)
     assert synchronises("aten._local_scalar_dense.default", (there,), {}) != ""
     assert synchronises("aten._local_scalar_dense.default", (cpu,), {}) == ""
     assert "waits for the copy" in synchronises("aten.copy_.default", (cpu, there), {})
+    assert "waits for the copy" in synchronises("aten.to.device", (there, torch.device("cpu"), torch.float32), {})
     assert "pageable memory" in synchronises("aten.copy_.default", (there, cpu, True), {})
     assert synchronises("aten.copy_.default", (there, there), {}) == ""
+    assert synchronises("aten.to.dtype", (there, torch.float64), {}) == ""
     assert synchronises("aten.add.Tensor", (device, 1.0), {}) == ""
+
+
+@pytest.mark.parametrize(
+    "read",
+    [torch.Tensor.item, float, bool, torch.nonzero, lambda x: torch.where(x > 0), lambda x: x[x > 0]],
+    ids=["item", "float", "bool", "nonzero", "where", "mask"],
+)
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_reads_values_is_known_by_the_name_that_an_audit_sees(
+    read: Callable[[torch.Tensor], Any], inference: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In inference mode, where frames are played, operations come with other names."""
+    reasons = []
+
+    def on_a_device(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        args = tree_map_only(torch.Tensor, lambda each: each.as_subclass(OnDevice), args)
+        reasons.append(synchronises(name, args, kwargs))
+        return ""
+
+    monkeypatch.setattr(contracts, "synchronises", on_a_device)
+    with torch.inference_mode(inference), contracts._Audit():
+        read(torch.ones(1))
+    assert any(reasons)
 
 
 @pytest.mark.gpu

@@ -9,15 +9,12 @@ import pytest
 import torch
 from toy_clips import ToyClips, toy_config
 
-from toy_world import SPEC, TINY
 from worldline.cli import configure
 from worldline.data.collect import CollectConfig, collect
 from worldline.data.order import Order
 from worldline.model.checkpoint import load_world
 from worldline.model.video import VideoConfig
-from worldline.model.world import World
 from worldline.train.feed import Batch, Feed, FeedConfig
-from worldline.train.imagine import Imagination
 from worldline.train.learner import Learner
 from worldline.train.loop import train
 from worldline.train.memory import measuring
@@ -92,34 +89,3 @@ def test_a_training_begins_as_on_a_cpu_and_a_cpu_loads_its_world(objective: str,
     assert there == pytest.approx(here, rel=0.02)  # products there may be in TF32, and differences grow
     frames = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     assert load_world(tmp_path / "cuda").encode(frames).isfinite().all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_a_captured_rollout_has_the_gradients_of_an_eager_one(bfloat16: bool) -> None:
-    """Also after the weights have moved, and after another shape came between."""
-    torch.manual_seed(0)
-    world = World(TINY, SPEC).to("cuda").eval()
-    imagine, weights = Imagination(world, "cuda"), list(world.predictor.parameters())
-    captured = []
-    for steps in (12, 12, 12, 12, 12, 7, 12, 12, 12, 12):
-        c = TINY.context
-        z = torch.randn(5, c, TINY.latent_dim, device="cuda")
-        actions, ahead = (512 * torch.rand(5, n, 2, device="cuda") for n in (c - 1, steps))
-        with torch.autocast("cuda", torch.bfloat16, enabled=bfloat16):
-            eager = world.rollout(world.begin(z, actions), ahead)
-            found = imagine(z, actions, ahead)
-        wanted = torch.autograd.grad(eager.float().square().mean(), weights)
-        world.zero_grad()
-        found.float().square().mean().backward()
-        captured.append(imagine.captured)
-        near = 0.03 if bfloat16 else 1e-4
-        torch.testing.assert_close(found, eager, rtol=near, atol=near)
-        ours, theirs = (
-            torch.cat([each.flatten() for each in all_of]) for all_of in ([p.grad for p in weights], wanted)
-        )
-        assert (ours - theirs).norm() < near * theirs.norm()
-        with torch.no_grad():
-            for parameter, gradient in zip(weights, wanted, strict=True):
-                parameter.sub_(0.1 * gradient)
-    assert captured == [False] * 3 + [True] * 2 + [False] * 4 + [True]

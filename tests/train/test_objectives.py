@@ -11,7 +11,6 @@ from worldline.cli import CONF, main
 from worldline.model.world import World
 from worldline.train.config import StageConfig
 from worldline.train.geometry import Geometry
-from worldline.train.imagine import Imagination
 from worldline.train.losses import sigreg
 from worldline.train.objective import FrozenBatch, Heads, frozen_terms
 
@@ -74,9 +73,7 @@ def test_only_late_steps_are_spread_where_that_is_asked_for() -> None:
     def terms(rollout: int) -> dict[str, torch.Tensor]:
         heads = Heads(inverse=False, latent_dim=24, action_dim=2, features=0)
         generator = torch.Generator().manual_seed(5)
-        return frozen_terms(
-            world, heads, batch, stage, rollout, torch.zeros(32, 32, 3), generator, geometry, Imagination(world, "cpu")
-        )
+        return frozen_terms(world, heads, batch, stage, rollout, torch.zeros(32, 32, 3), generator, geometry)
 
     z_hat = world.rollout(world.begin(z[:, :c], actions[:, : c - 1]), actions[:, c - 1 : c - 1 + rollout])
     late = (1.7 * (z_hat[:, first - 1 :] - 0.3)).transpose(0, 1)
@@ -96,9 +93,7 @@ def test_noise_is_on_what_the_predictor_is_given_and_not_on_its_targets() -> Non
     stage = StageConfig(steps=1, batch=8, one_step=1.0, rollout=rollout, pushforward_noise=0.5)
     heads = Heads(inverse=False, latent_dim=24, action_dim=2, features=0)
     generator = torch.Generator().manual_seed(5)
-    terms = frozen_terms(
-        world, heads, batch, stage, rollout, torch.zeros(32, 32, 3), generator, None, Imagination(world, "cpu")
-    )
+    terms = frozen_terms(world, heads, batch, stage, rollout, torch.zeros(32, 32, 3), generator, None)
 
     given = z + 0.5 * torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
     steps = c + rollout - 1

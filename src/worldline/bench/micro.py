@@ -50,7 +50,7 @@ class MicroConfig:
     threads: int = 1
     """Threads of torch, as the engine has one."""
     reports: str = "reports"
-    """Where `DATE-micro/` is written."""
+    """Where `DATE-micro/` is written, or `DATE-micro-cuda/` where there is such a device, which is measured, too."""
     publish: str | None = None
     """Where the written answers go besides, such as docs/phases."""
 
@@ -131,7 +131,7 @@ def run(config: MicroConfig) -> Path:
         "cuda_cases": [case.declared() for case in cuda_cases(config)],
         "chain_expected": asdict(CHAIN_EXPECTED),
     }
-    folder = Path(config.reports) / f"{date.today():%Y-%m-%d}-micro"
+    folder = Path(config.reports) / f"{date.today():%Y-%m-%d}-micro{'-cuda' if timing['cuda'] else ''}"
     write_result(folder / "result.json", "micro", figures, timing)
     return write_report(folder, read_json(folder / "result.json"), Path(config.publish) if config.publish else None)
 

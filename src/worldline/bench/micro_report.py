@@ -25,7 +25,8 @@ _COLOURS = {
     "synchronise": "#717273",
 }
 _STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "worldline", "font.size": 10, "legend.frameon": False}
-_NO_DEVICE = "Not yet measured: no CUDA device was at hand in this run."
+_NO_DEVICE = "No CUDA device was at hand in this run."
+_ELSEWHERE = " What a run with one showed: [on a GPU](gpu.md)."
 _SLOWER = 1.25
 """Times slower that call for a reason."""
 _HARDLY = 0.5
@@ -201,7 +202,9 @@ def week1(result: dict[str, Any]) -> str:
         f"{'more' if row['outcome'] > row['expected']['value'] else 'less'}."
         for row in wrong
     ] or [f"Nothing: all {len(rows(result))} expectations held."]
-    lines += ["", _tally(result), "", "## Where CPU and device timing part", "", *_cuda(result), ""]
+    *timed, last = _cuda(result)
+    elsewhere = _ELSEWHERE if result["timing"]["cuda"] is None else ""
+    lines += ["", _tally(result), "", "## Where CPU and device timing part", "", *timed, last + elsewhere, ""]
     return "\n".join(lines)
 
 
@@ -273,8 +276,7 @@ def week2(result: dict[str, Any]) -> str:
         "",
         "![Roofline](phase0_roofline.svg)",
         "",
-        "On a CUDA device: "
-        + (_NO_DEVICE[0].lower() + _NO_DEVICE[1:] if result["timing"]["cuda"] is None else "see week 1."),
+        _NO_DEVICE + _ELSEWHERE if result["timing"]["cuda"] is None else "On a CUDA device: see week 1.",
         "",
     ]
     return "\n".join(lines)

@@ -40,7 +40,11 @@ _MOST_SAMPLES = 64  # of a long session; every other one is dropped when there a
 _GROWTH = 64 * 1024 / 1000  # bytes a frame; allocators grow by less for a while
 _SLOWER = 0.2  # share of the first frames' time
 _HERE = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
-_SYNCHRONISING = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero")
+_SYNCHRONISING = tuple(
+    f"aten.{name}"
+    for name in ("_local_scalar_dense", "item", "nonzero", "where.default", "masked_select", "equal", "is_nonzero")
+)
+"""Operations that read values, under the names that they have in inference mode, too, where nothing is taken apart."""
 
 
 class ContractViolation(WorldlineError):
@@ -193,15 +197,18 @@ def synchronises(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     on_device = [each for each in tensors if each.device.type not in ("cpu", "meta")]
     if on_device and operation.startswith(_SYNCHRONISING):
         return f"{operation} reads a value of the device"
-    if operation.startswith("aten._to_copy") and tensors:
-        source, target = tensors[0], torch.device(kwargs.get("device") or tensors[0].device)
+    if operation.startswith("aten.index") and any(each.dtype == torch.bool for each in on_device):
+        return f"{operation} by a mask reads how many of it are set"
+    if operation.startswith(("aten._to_copy", "aten.to.")) and tensors:
+        given = [kwargs.get("device"), *(each for each in args if isinstance(each, torch.device)), tensors[0].device]
+        source, target = tensors[0], torch.device(next(device for device in given if device is not None))
     elif operation.startswith("aten.copy_") and len(tensors) > 1:
         source, target = tensors[1], tensors[0].device
     else:
         return ""
     if source.device.type == target.type:
         return ""
-    quick = kwargs.get("non_blocking", False) or (operation.startswith("aten.copy_") and True in args[2:])
+    quick = kwargs.get("non_blocking", False) or True in args[2:]
     if not quick:
         return f"{operation} from {source.device.type} to {target.type} waits for the copy"
     if source.device.type == "cpu" and not source.is_pinned():

@@ -47,7 +47,6 @@ from worldline.train.config import StageConfig, TrainConfig, rollout_length, sta
 from worldline.train.estimate import fit_estimator, rollout_steps
 from worldline.train.features import PictureFeatures
 from worldline.train.geometry import Geometry, measure_geometry
-from worldline.train.imagine import Imagination
 from worldline.train.losses import warmup_cosine
 from worldline.train.modules import encoder_parts, new_modules
 from worldline.train.objective import Terms, frozen_terms, joint_terms, weighted_sum
@@ -117,7 +116,6 @@ class Training:
         self.features = PictureFeatures(sample, config.device) if wanted else None
         source = None if config.encoder is None else load_world(config.encoder)
         self.world, self.heads = new_modules(config, dataset, self.features, source)
-        self.imagine = Imagination(self.world, config.device)
         self.geometry: Geometry | None = None
         self.average: World | None = None
         self.optimizer: torch.optim.AdamW | None = None
@@ -191,15 +189,7 @@ class Training:
             else:
                 generator = torch.Generator().manual_seed(seed_for(self.config.seed, "frozen-terms", local))
                 terms = frozen_terms(
-                    self.world,
-                    self.heads,
-                    batch,
-                    stage,
-                    rollout,
-                    self.background,
-                    generator,
-                    self.geometry,
-                    self.imagine,
+                    self.world, self.heads, batch, stage, rollout, self.background, generator, self.geometry
                 )
         loss = weighted_sum(terms, stage)
         self.optimizer.zero_grad(set_to_none=True)

@@ -46,7 +46,7 @@ def render(result: dict[str, Any]) -> str:
         "",
         f"A video transformer of {model['width']} channels and {model['depth']} blocks, clips of {model['frames']} "
         f"frames of {model['image_size']} px, target `{result['target']}`: bytes of tensors, counted in an update of "
-        "one rank on tensors that have shapes and no bytes. On a GPU: not yet measured.",
+        "one rank on tensors that have shapes and no bytes. What a GPU's own allocator said: docs/phases/gpu.md.",
         "",
         "```",
         text(result),

@@ -17,7 +17,6 @@ from worldline.train import losses
 from worldline.train.config import StageConfig
 from worldline.train.features import FeatureHead
 from worldline.train.geometry import Geometry
-from worldline.train.imagine import Imagination
 
 Terms = dict[str, Tensor]
 
@@ -150,7 +149,6 @@ def frozen_terms(
     background: Float[Tensor, "h w 3"],
     generator: torch.Generator,
     geometry: Geometry | None,
-    imagine: Imagination,
 ) -> Terms:
     """Return the unweighted terms of the frozen stage, by the name of their weight in the stage."""
     c, terms = world.config.context, Terms()
@@ -160,7 +158,7 @@ def frozen_terms(
         z_hat = world.teacher_forced(given[:, : c + rollout - 1], actions[:, : c + rollout - 1])
         terms["one_step"] = losses.one_step(z_hat, z[:, 1 : c + rollout], stage.error)
     if stage.own_rollout or stage.rollout_pixels or geometry is not None or stage.rollout_inverse:
-        z_hat = imagine(given[:, :c], actions[:, : c - 1], ahead)
+        z_hat = world.rollout(world.begin(given[:, :c], actions[:, : c - 1]), ahead)
     if stage.own_rollout:
         terms["own_rollout"] = losses.own_rollout(z_hat, z[:, c : c + rollout], stage.error)
     if stage.excess_growth and geometry is not None:
