@@ -8,7 +8,7 @@ from linear_world import SPACE, LinearWorld, begin
 
 from worldline.core.errors import WorldlineError
 from worldline.planning.goal import GoalCost
-from worldline.planning.planners import METHODS, Cost, Noise, PlannerConfig, elites, plan
+from worldline.planning.planners import METHODS, Cost, Noise, PlannerConfig, elites, least, plan
 
 EVERY = pytest.mark.parametrize("method", sorted(METHODS))
 STEPS = 3
@@ -143,3 +143,8 @@ def test_mistakes_are_told() -> None:
         PlannerConfig(samples=4, elites=5)
     with pytest.raises(WorldlineError, match="differentiated"):
         plan(lambda actions: actions.detach().sum(dim=(2, 3)), SPACE, config("gradient"), [1])
+
+
+def test_of_equal_costs_the_first_are_elites() -> None:
+    costs = torch.tensor([3.0, 1.0, 2.0, 1.0, 1.0, 0.0]).repeat(2, 50)
+    assert least(costs, 60)[1].tolist() == [*range(5, 300, 6), 1, 3, 4, 7, 9, 10, 13, 15, 16, 19]
