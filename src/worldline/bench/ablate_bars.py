@@ -44,7 +44,7 @@ def judge(result: dict[str, Any]) -> list[Bar]:
         here = [pair for pair in result["pairs"] if pair["world"] == world]
         pairs = [pair for pair in here if pair["variant"] in names]
         for pair in pairs:
-            against = f"{ours} against {pair['variant']}, {len(pair['seeds'])} seeds"
+            against = f"{ours} against {pair['variant']}, {_seeds(pair)}"
             hri = pair["hri"]
             bars.append(
                 Bar(
@@ -165,7 +165,7 @@ def _planning_bars(world: str, ours: str, pairs: list[dict[str, Any]], rows: lis
         bars.append(
             Bar(
                 world,
-                f"{ours} against the best, {name}, {len(best['seeds'])} seeds",
+                f"{ours} against the best, {name}, {_seeds(best)}",
                 f"success at {offset} " + ("above its" if above else "within 5 points of its"),
                 f"{100 * rate:.0f}% to {100 * theirs:.0f}%, {difference(found, '.0f', 100)}",
                 kept,
@@ -186,3 +186,8 @@ def difference(found: dict[str, Any] | None, digits: str = ".2f", scale: float =
         return "n/a"
     value, low, high = (scale * found[key] for key in ("value", "low", "high"))
     return f"{value:+{digits}} [{low:+{digits}}, {high:+{digits}}]"
+
+
+def _seeds(pair: dict[str, Any]) -> str:
+    count = len(pair["seeds"])
+    return f"{count} seed{'s' if count > 1 else ''}"
