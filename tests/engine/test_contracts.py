@@ -134,6 +134,8 @@ def test_what_waits_for_a_device() -> None:
     assert synchronises("aten._local_scalar_dense.default", (cpu,), {}) == ""
     assert "waits for the copy" in synchronises("aten.copy_.default", (cpu, there), {})
     assert "waits for the copy" in synchronises("aten.to.device", (there, torch.device("cpu"), torch.float32), {})
+    copied = (there, torch.device("cpu"), torch.float32, False, True)  # a copy wanted, and waited for
+    assert "waits for the copy" in synchronises("aten.to.device", copied, {})
     assert "pageable memory" in synchronises("aten.copy_.default", (there, cpu, True), {})
     assert synchronises("aten.copy_.default", (there, there), {}) == ""
     assert synchronises("aten.to.dtype", (there, torch.float64), {}) == ""

@@ -202,13 +202,14 @@ def synchronises(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if operation.startswith(("aten._to_copy", "aten.to.")) and tensors:
         given = [kwargs.get("device"), *(each for each in args if isinstance(each, torch.device)), tensors[0].device]
         source, target = tensors[0], torch.device(next(device for device in given if device is not None))
+        place = 3  # of non_blocking; a copy may be asked for after it
     elif operation.startswith("aten.copy_") and len(tensors) > 1:
-        source, target = tensors[1], tensors[0].device
+        source, target, place = tensors[1], tensors[0].device, 2
     else:
         return ""
     if source.device.type == target.type:
         return ""
-    quick = kwargs.get("non_blocking", False) or True in args[2:]
+    quick = kwargs.get("non_blocking", False) or True in args[place : place + 1]
     if not quick:
         return f"{operation} from {source.device.type} to {target.type} waits for the copy"
     if source.device.type == "cpu" and not source.is_pinned():
